@@ -1,0 +1,57 @@
+# One virtual environment, .venv, serves every target; a second call reuses it.
+PYTHON ?= python3
+PORT ?= 8000
+SERVE ?= 1
+SCALE ?= quick
+WORKERS ?= 2
+
+PY := .venv/bin/python
+STAMP := .venv/.stamp
+# Two test workers on two cores: one thread each.
+THREADS := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help env test book notebooks lab reproduce clean
+
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+env: $(STAMP)  ## set up .venv from constraints.txt (the other targets do so themselves)
+
+# Where there is an NVIDIA GPU, torch comes the ordinary way; elsewhere the pinned one, from wherever pip looks.
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	if nvidia-smi >/dev/null 2>&1; then \
+		grep -v '^torch==' constraints.txt > .venv/constraints.txt && \
+		$(PY) -m pip install 'torch>=2.9'; \
+	else \
+		cp constraints.txt .venv/constraints.txt && \
+		$(PY) -m pip install "$$(grep '^torch==' constraints.txt)"; \
+	fi
+	$(PY) -m pip install -c .venv/constraints.txt -e '.[book,lab,test]'
+	touch $@
+
+test: $(STAMP)  ## lint, unit and property tests, the built site, and every chapter's stored outputs
+	$(PY) -m ruff check .
+	$(THREADS) SLEEPLIB_TEST_SITE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup tests
+	$(THREADS) $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --nbval --nbval-current-env \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
+
+book: $(STAMP)  ## build the book, warnings are errors, and serve it on 127.0.0.1:8000 (SERVE=0: only build)
+	.venv/bin/jupyter-book build . -W --keep-going --all
+ifneq ($(SERVE),0)
+	$(PY) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+endif
+
+notebooks: $(STAMP)  ## execute the chapters whose source changed (ALL=1: all of them)
+	$(PY) book/build.py $(if $(ALL),--all)
+
+lab: $(STAMP)  ## open the chapters in JupyterLab
+	.venv/bin/jupyter-lab --notebook-dir=book
+
+reproduce: $(STAMP)  ## run the quick reproductions and write their records (SCALE=small: one GPU)
+	$(PY) -m sleeplib reproduce rule110 --scale $(SCALE)
+
+clean:  ## remove what was built; keep .venv, records and checkpoints
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
