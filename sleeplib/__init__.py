@@ -1,0 +1,32 @@
+"""sleeplib: language models that sleep.
+
+Before a model's attention cache is cleared, it makes N offline passes over the recent context and writes it
+into fast weights, by a learned local rule; then it wakes with an empty cache and answers in one pass.
+"""
+
+from . import experiments, tasks
+from .kernels import gated_delta_rule, gated_hebbian_rule
+from .model import HybridLM, LMState, ModelConfig
+from .records import load_records
+from .sleep import Sleeper, evict, sleep, sleep_forward
+from .training import Trainer, evaluate, run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HybridLM",
+    "LMState",
+    "ModelConfig",
+    "Sleeper",
+    "Trainer",
+    "evaluate",
+    "evict",
+    "experiments",
+    "gated_delta_rule",
+    "gated_hebbian_rule",
+    "load_records",
+    "run",
+    "sleep",
+    "sleep_forward",
+    "tasks",
+]

@@ -1,0 +1,241 @@
+"""Experiments as frozen values: a task, a model, a way to train; and the presets by name."""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+
+from .model import ModelConfig
+from .tasks import TASKS, Rule110
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Parameters
+    ----------
+    steps : int
+        Optimizer steps.
+    batch : int
+        Sequences a step.
+    muon_lr, adamw_lr : float
+        Learning rates of the hidden matrices and of everything else.
+    warmup, decay : int
+        Steps over which Muon's rate rises from 0 at the start and falls to 0 at the end; constant between.
+    weight_decay : float
+        For both optimizers, on matrices only.
+    clip : float
+        Largest norm of the gradient.
+    eviction : {"hard", "sliding"}
+    checkpoint : bool
+        Recompute windows in the backward pass, see :func:`sleep_forward`.
+    precision : {"float32", "bfloat16"}
+        bfloat16 runs matrix products under autocast where the GPU has them; the state stays float32.
+    graph : bool
+        On CUDA, capture forward and backward as one CUDA graph.
+    eval_every : int
+        Steps between evaluations on held-out data.
+    eval_batch : int
+        Held-out sequences, the same every time; the final score uses 8 times as many.
+    save_every : int
+        Steps between checkpoints of a run.
+
+    Notes
+    -----
+    Section 5 of the paper fixes the optimizers: Muon on hidden matrices, AdamW on the rest.
+
+    Chapter: 11_rule110
+    """
+
+    steps: int
+    batch: int
+    muon_lr: float = 2e-3
+    adamw_lr: float = 5e-5
+    warmup: int = 50
+    decay: int = 0
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    eviction: str = "hard"
+    checkpoint: bool = False
+    precision: str = "float32"
+    graph: bool = False
+    eval_every: int = 50
+    eval_batch: int = 512
+    save_every: int = 200
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "eval_every", "eval_batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1; got {getattr(self, name)}")
+        if self.eviction not in ("hard", "sliding"):
+            raise ValueError(f"train.eviction must be 'hard' or 'sliding'; got {self.eviction!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"train.precision must be 'float32' or 'bfloat16'; got {self.precision!r}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One preset: everything a run depends on but N and the seed.
+
+    Parameters
+    ----------
+    name : str
+    task : Rule110
+        Any task of :mod:`sleeplib.tasks`.
+    model : ModelConfig
+    train : TrainConfig
+    passes : tuple of int
+        The N that are compared.
+    seeds : tuple of int
+        The seeds of the recorded runs.
+    about : str
+        One line for the command line.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+
+    name: str
+    task: Rule110
+    model: ModelConfig
+    train: TrainConfig
+    passes: tuple[int, ...] = (1, 2, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    about: str = field(default="", compare=False)
+
+    def config(self):
+        """The experiment as plain data, as a run record keeps it."""
+        kind = next(name for name, cls in TASKS.items() if isinstance(self.task, cls))
+        parts = {name: dataclasses.asdict(getattr(self, name)) for name in ("task", "model", "train")}
+        parts["task"] = {"kind": kind} | parts["task"]
+        return json.loads(json.dumps(parts))  # tuples become lists, as in a file
+
+    def config_hash(self):
+        """Twelve hex digits that change with anything in :meth:`config`."""
+        text = json.dumps(self.config(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def replace(self, settings):
+        """Return a copy with dotted settings changed, such as ``{"train.steps": "300"}``.
+
+        Parameters
+        ----------
+        settings : dict of str to (str or value)
+            Strings are read as the field's type.
+
+        Raises
+        ------
+        ValueError
+            On an unknown key or a value of the wrong type; the message names it.
+        """
+        experiment = self
+        for key, value in settings.items():
+            part, _, name = key.partition(".")
+            if part not in ("task", "model", "train"):
+                raise ValueError(f"{key}: settings begin with task., model. or train.")
+            old = getattr(experiment, part)
+            hints = typing.get_type_hints(type(old))
+            if name not in hints:
+                raise ValueError(f"{key}: unknown; {part} has {', '.join(hints)}")
+            new = dataclasses.replace(old, **{name: _read(key, value, hints[name])})
+            experiment = dataclasses.replace(experiment, **{part: new})
+        return experiment
+
+
+def _read(key, value, hint):
+    """Read a setting's text as its field's type."""
+    if isinstance(value, str) and hint is not str:
+        try:
+            value = json.loads(value.lower() if value in ("True", "False", "None") else value)
+        except ValueError:
+            raise ValueError(f"{key}: cannot read {value!r} as {getattr(hint, '__name__', hint)}") from None
+    allowed = typing.get_args(hint) or (hint,)
+    if isinstance(value, list):
+        value = tuple(value)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    plain = tuple(typing.get_origin(t) or t for t in allowed)
+    if isinstance(value, bool) and bool not in plain or not isinstance(value, plain):
+        raise ValueError(f"{key}: wants {getattr(hint, '__name__', hint)}; got {value!r}")
+    return value
+
+
+def _rule110_presets():
+    quick = Experiment(
+        name="rule110-quick",
+        task=Rule110(width=12, strings=2, steps=6),
+        model=ModelConfig(vocab_size=4, d_model=64, pattern="agag", num_heads=4, mlp_size=128),
+        train=TrainConfig(steps=800, batch=128, adamw_lr=1e-3),
+        about="2 rings of 12 cells, t = 6, width 64; minutes on two CPU cores; smaller than the paper's",
+    )
+    yield quick
+    yield dataclasses.replace(
+        quick,
+        name="rule110-quick-long",
+        train=dataclasses.replace(quick.train, steps=2500),
+        passes=(1,),
+        seeds=(0,),
+        about="rule110-quick without sleep, run on until it learns too",
+    )
+    paper = Experiment(
+        name="rule110-paper",
+        task=Rule110(width=24, strings=4, steps=32),
+        model=ModelConfig(vocab_size=4, d_model=256, pattern="agag", num_heads=4),
+        # 97,656 steps of 512 sequences of 100 tokens: 5 billion tokens
+        train=TrainConfig(steps=97_656, batch=512, eval_every=250, save_every=1000, graph=True),
+        passes=(1, 2, 3, 4),
+        seeds=(0,),
+        about="Figure 2b: t = 32, 5 billion tokens a run",
+    )
+    yield paper
+    for t in (4, 8, 10, 12, 14, 16):
+        yield dataclasses.replace(
+            paper,
+            name=f"rule110-paper-2a-t{t}",
+            task=dataclasses.replace(paper.task, steps=t),
+            train=dataclasses.replace(paper.train, steps=782, eval_every=20, save_every=200),
+            passes=(1,),
+            about=f"Figure 2a: t = {t}, no sleep, 40 million tokens",
+        )
+    yield dataclasses.replace(
+        paper,
+        name="rule110-small",
+        task=dataclasses.replace(paper.task, steps=12),
+        train=dataclasses.replace(paper.train, steps=1600, eval_every=50, save_every=200),
+        passes=(1, 2, 4),
+        seeds=(0, 1, 2),
+        about="the paper's model and rings at t = 12, 80 million tokens; minutes on one GPU; smaller than the paper's",
+    )
+
+
+PRESETS = {experiment.name: experiment for experiment in _rule110_presets()}
+
+
+def get(name):
+    """Look up a preset.
+
+    Parameters
+    ----------
+    name : str
+        ``<task>-quick`` (CPU, minutes), ``<task>-small`` (one GPU, minutes) or ``<task>-paper``; see
+        ``sleeplib list``.
+
+    Returns
+    -------
+    Experiment
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,18 @@
+"""An optional bridge to flash-linear-attention's Triton kernels on CUDA."""
+
+
+def recurrence(q, k, v, g, beta, S, scale, delta):
+    """Run fla's chunked kernels: o (B, T, H, V) and the last state (B, H, K, V), float32."""
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        raise ImportError(
+            "backend='fla' needs flash-linear-attention and Triton: pip install flash-linear-attention"
+        ) from error
+    if q.device.type != "cuda":
+        raise ValueError(f"backend='fla' runs on CUDA only; q is on {q.device}")
+    options = dict(scale=scale, initial_state=S, output_final_state=True)
+    if delta:
+        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, **options)
+    return chunk_simple_gla(q, k, v * beta.unsqueeze(-1), g=g, **options)

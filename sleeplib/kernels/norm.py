@@ -1,0 +1,86 @@
+"""Root-mean-square norm: one loop over each row on the CPU, PyTorch's own elsewhere."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit, prange
+from torch.autograd.function import once_differentiable
+
+BLOCK = 64  # rows a task; each task sums its own share of the weight's gradient, so sums are reproducible
+
+_JIT = dict(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+
+
+@njit(**_JIT)
+def _forward(x, weight, eps, y, rate):
+    rows, n = x.shape
+    for block in prange(-(-rows // BLOCK)):
+        for i in range(block * BLOCK, min((block + 1) * BLOCK, rows)):
+            total = eps * n
+            for j in range(n):
+                total += x[i, j] * x[i, j]
+            rate[i] = 1 / np.sqrt(total / n)
+            for j in range(n):
+                y[i, j] = x[i, j] * rate[i] * weight[j]
+
+
+@njit(**_JIT)
+def _backward(x, weight, rate, dy, dx, dweight):
+    rows, n = x.shape
+    for block in prange(-(-rows // BLOCK)):
+        dweight[block] = 0
+        for i in range(block * BLOCK, min((block + 1) * BLOCK, rows)):
+            r = rate[i]
+            total = r * 0
+            for j in range(n):
+                total += dy[i, j] * weight[j] * x[i, j]
+                dweight[block, j] += dy[i, j] * x[i, j] * r
+            total *= r * r / n
+            for j in range(n):
+                dx[i, j] = r * (dy[i, j] * weight[j] - x[i, j] * total)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x = x.contiguous()
+        y, rate = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
+        rows = x.detach().view(-1, x.shape[-1]).numpy()
+        _forward(
+            rows, weight.detach().numpy(), rows.dtype.type(eps), y.view(rows.shape).numpy(), rate.numpy()
+        )
+        ctx.save_for_backward(x, weight, rate)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, rate = ctx.saved_tensors
+        rows = (-1, x.shape[-1])
+        dx = torch.empty_like(x)
+        dweight = x.new_empty(-(-rate.numel() // BLOCK), x.shape[-1])
+        flat = [z.detach().contiguous().view(rows).numpy() for z in (x, dy, dx)]
+        _backward(flat[0], weight.detach().numpy(), rate.numpy(), flat[1], flat[2], dweight.numpy())
+        return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+def rms_norm(x, weight, eps):
+    r"""Scale rows to root mean square 1: ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (..., n)
+    weight : torch.Tensor, shape (n,)
+    eps : float
+
+    Returns
+    -------
+    torch.Tensor, shape (..., n)
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+    if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)

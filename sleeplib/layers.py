@@ -1,0 +1,280 @@
+"""The layers of a hybrid: attention with a cache that can be dropped, fast weights that stay.
+
+Every mixer maps ``(x, memory) -> (y, memory)``, where memory is the triple of what a block carries in time:
+
+    S     (B, H, K, V)   the fast weight, or None in an attention block
+    kv    (k, v)         cached keys (not yet rotated) and values, each (B, S, H, K), or None
+    conv  (B, taps - 1, channels), the newest inputs of the convolution, or None
+
+B batch, T time, D model width, H heads, K key size, V value size.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels import causal_convolution, gated_delta_rule, gated_hebbian_rule, rms_norm
+
+
+class Memory(NamedTuple):
+    """What one block carries from token to token; see the module's first lines."""
+
+    S: torch.Tensor | None = None
+    kv: tuple | None = None
+    conv: torch.Tensor | None = None
+
+
+def linear(fan_in, fan_out, std=0.02):
+    """A bias-free projection with weights from N(0, std); `std` 0 makes a block start as the identity."""
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    nn.init.normal_(layer.weight, std=std) if std else nn.init.zeros_(layer.weight)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    r"""Root-mean-square norm, ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis.
+
+    Parameters
+    ----------
+    size : int
+        Length of the last axis.
+    eps : float
+        Added under the root.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    def __init__(self, size, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+@lru_cache(maxsize=64)
+def _angles(length, size, base, dtype, device):
+    """cos and signed sin of the rotary angles of positions 0 .. length - 1, each (length, 1, size)."""
+    rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
+    angles = torch.arange(length, dtype=torch.float64, device=device).outer(rates).repeat(1, 2).unsqueeze(1)
+    sign = torch.tensor([-1.0, 1.0], device=device).repeat_interleave(size // 2)
+    return angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
+
+
+def rotate(x, start, base):
+    """Turn each pair of coordinates of x (B, T, H, K) by its position times a rate; the first is `start`.
+
+    Only differences of positions matter, so callers count from the oldest cached key: angles stay small
+    and float32 stays exact, however long the stream.
+    """
+    T, K = x.shape[1], x.shape[3]
+    cos, sin = (table[start:] for table in _angles(start + T, K, base, x.dtype, x.device))
+    one, two = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((two, one), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    r"""Causal softmax attention with rotary positions and a KV cache, equations (1) and (2).
+
+    Parameters
+    ----------
+    d_model, num_heads : int
+        Width D and heads H; a head has size D / H.
+    rope_base : float
+        Base of the rotary rates.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    def __init__(self, d_model, num_heads, rope_base=10_000.0):
+        super().__init__()
+        self.num_heads, self.rope_base = num_heads, rope_base
+        self.q, self.k, self.v = (linear(d_model, d_model) for _ in range(3))
+        self.o = linear(d_model, d_model, std=0)
+
+    def forward(self, x, memory, window=None):
+        """Map x (B, T, D) to y (B, T, D); a query sees its newest `window` keys, itself included."""
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q, self.k, self.v))
+        if memory.kv is not None:
+            k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)
+        T, S = q.shape[1], k.shape[1]
+        whole = window is None or window >= S
+        mask = None
+        if T > 1 and not (whole and S == T) or not whole:
+            age = torch.arange(S - T, S, device=x.device).unsqueeze(1) - torch.arange(S, device=x.device)
+            mask = (age >= 0) if whole else (age >= 0) & (age < window)  # (T, S), age of a key for a query
+        y = F.scaled_dot_product_attention(
+            rotate(q, S - T, self.rope_base).transpose(1, 2),
+            rotate(k, 0, self.rope_base).transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+        )
+        return self.o(y.transpose(1, 2).flatten(2)), Memory(kv=(k, v))
+
+
+def with_context(x, context, taps):
+    """x (B, T, C) behind its newest ``taps - 1`` predecessors (zeros if None), and the next context."""
+    if context is None:
+        context = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    x = torch.cat((context.to(x.dtype), x), dim=1)
+    return x, x[:, x.shape[1] - (taps - 1) :]
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution over time, one small filter a channel, followed by SiLU.
+
+    Parameters
+    ----------
+    channels, taps : int
+        Channels C and filter length.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    def __init__(self, channels, taps=4):
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(taps, channels).normal_(std=taps**-0.5))
+
+    def forward(self, x, context):
+        """Map x (B, T, C) and its context (B, taps - 1, C) or None to y (B, T, C) and the next context."""
+        x, context = with_context(x, context, self.taps)
+        return F.silu(causal_convolution(x, self.weight)), context
+
+
+class DynamicConvolution(nn.Module):
+    """A causal convolution whose filters are computed from the token: one filter a token and channel.
+
+    Parameters
+    ----------
+    d_model, channels, taps : int
+        Width of the token that makes the filters, channels C, filter length.
+
+    Notes
+    -----
+    The first weight is random and the second zero: with both zero neither would get a gradient.  So it starts
+    as an ordinary convolution, given by the bias.
+
+    Chapter: 08_sleep
+    """
+
+    def __init__(self, d_model, channels, taps=4):
+        super().__init__()
+        self.taps = taps
+        self.down = linear(d_model, channels // 8)
+        self.up = nn.Linear(channels // 8, channels * taps)
+        nn.init.zeros_(self.up.weight)
+        nn.init.normal_(self.up.bias, std=0.02)
+
+    def forward(self, values, x, context):
+        """Filter values (B, T, C) by the kernels that x (B, T, D) asks for; also the next context."""
+        filters = self.up(F.silu(self.down(x))).unflatten(-1, (self.taps, -1))  # (B, T, taps, C)
+        T = values.shape[1]
+        values, context = with_context(values, context, self.taps)
+        y = sum(values[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
+        return F.silu(y), context
+
+
+def unit(x, eps=1e-6):
+    """Scale x (..., K) to length 1, ``x / sqrt(sum(x^2) + eps)``: an RMS norm in other words."""
+    K = x.shape[-1]
+    return rms_norm(x, x.new_full((K,), K**-0.5), eps / K)
+
+
+class GatedDeltaNet(nn.Module):
+    r"""Fast weights written by the gated delta rule (or the gated Hebbian rule), equation (3).
+
+    Queries and keys are normalised to length 1; ``beta = sigmoid(b(x))`` says how strongly a token writes
+    and ``g = -exp(A_log) softplus(a(x) + dt_bias)`` how much is forgotten.
+
+    Parameters
+    ----------
+    d_model, num_heads, key_size, value_size : int
+        D, H, K and V.
+    taps : int
+        Length of the short convolution on queries, keys and values.
+    rule : {"delta", "hebbian"}
+        The local learning rule.
+    dynamic : bool
+        The Jet layer: no convolution on queries and keys, a dynamic one on the values.
+    backend : str
+        See :func:`gated_delta_rule`.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    def __init__(
+        self, d_model, num_heads, key_size, value_size, taps=4, rule="delta", dynamic=False, backend="auto"
+    ):
+        super().__init__()
+        H, K, V = num_heads, key_size, value_size
+        self.num_heads, self.key_size, self.value_size, self.dynamic = H, K, V, dynamic
+        self.backend = backend
+        self.rule = {"delta": gated_delta_rule, "hebbian": gated_hebbian_rule}[rule]
+        self.q, self.k = linear(d_model, H * K), linear(d_model, H * K)
+        self.v, self.gate = linear(d_model, H * V), linear(d_model, H * V)
+        self.a, self.b = linear(d_model, H), linear(d_model, H)
+        self.conv = (
+            DynamicConvolution(d_model, H * V, taps) if dynamic else ShortConvolution(2 * H * K + H * V, taps)
+        )
+        # Each head starts with its own memory span: A_log spreads the rates, dt_bias the step sizes.
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        dt = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.norm = RMSNorm(V, eps=1e-5)
+        self.o = linear(H * V, d_model, std=0)
+
+    def forward(self, x, memory, window=None):
+        """Map x (B, T, D) to y (B, T, D), reading and writing the fast weight of `memory`."""
+        H, K, V = self.num_heads, self.key_size, self.value_size
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.dynamic:
+            q, k = F.silu(q), F.silu(k)
+            v, conv = self.conv(v, x, memory.conv)
+        else:
+            qkv, conv = self.conv(torch.cat((q, k, v), dim=-1), memory.conv)
+            q, k, v = qkv.split((H * K, H * K, H * V), dim=-1)
+        q, k = (unit(z.unflatten(-1, (H, K))) for z in (q, k))
+        wide = torch.promote_types(torch.float32, self.A_log.dtype)
+        g = -self.A_log.to(wide).exp() * F.softplus(self.a(x).to(wide) + self.dt_bias)
+        beta = self.b(x).to(wide).sigmoid()
+        v = v.unflatten(-1, (H, V))
+        o, S = self.rule(q, k, v, g=g, beta=beta, initial_state=memory.S, backend=self.backend)
+        y = self.norm(o) * F.silu(self.gate(x)).unflatten(-1, (H, V))
+        return self.o(y.flatten(2)), Memory(S=S, conv=conv)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer, ``down(silu(gate(x)) * up(x))``.
+
+    Parameters
+    ----------
+    d_model, hidden : int
+        Width in and out, width inside.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    def __init__(self, d_model, hidden):
+        super().__init__()
+        self.gate, self.up = linear(d_model, hidden), linear(d_model, hidden)
+        self.down = linear(hidden, d_model, std=0)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,162 @@
+"""Figures of the book: one style, one colour for each N, several seeds as one band, alt text always."""
+
+import base64
+import html
+import io
+from collections import defaultdict
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from PIL import Image
+
+# N sleep passes -> colour (Okabe and Ito, told apart by colour-blind readers) and dash, for print.
+COLORS = {1: "#555555", 2: "#E69F00", 3: "#009E73", 4: "#0072B2", 6: "#CC79A7", 8: "#D55E00"}
+DASHES = {1: (4, 2), 2: (2, 1), 3: (5, 1, 1, 1), 4: ()}
+
+
+def use_style():
+    """Set the book's style: opaque white, for dark pages, and the font that ships with matplotlib."""
+    rc = {
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "savefig.transparent": False,
+        "font.family": "DejaVu Sans",
+        "figure.figsize": (6.4, 3.6),
+        "figure.dpi": 100,
+        "figure.constrained_layout.use": True,
+        "axes.titlesize": "medium",
+        "lines.linewidth": 2,
+        "axes.prop_cycle": plt.cycler(color=[COLORS[n] for n in (4, 2, 3, 8, 6, 1)]),
+    }
+    sns.set_theme(context="notebook", style="whitegrid", rc=rc)
+
+
+def png(fig, colors=32, dpi=110):
+    """Render a figure to a small palette PNG and close it.
+
+    Parameters
+    ----------
+    fig : matplotlib.figure.Figure
+    colors : int
+        Size of the palette.
+    dpi : int
+
+    Returns
+    -------
+    bytes
+    """
+    raw, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(raw, format="png", dpi=dpi, facecolor="white")
+    plt.close(fig)
+    image = (
+        Image.open(raw)
+        .convert("RGB")
+        .quantize(colors, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    )
+    image.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def img(fig, alt, **options):
+    """One figure as an HTML ``<img>`` that carries its own bytes and its alt text."""
+    if not alt or not alt.strip():
+        raise ValueError("alt must say what the figure shows; got an empty text")
+    data = base64.b64encode(png(fig, **options)).decode()
+    style = "max-width:100%;height:auto"
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">'
+
+
+def show(fig, alt, caption=None, **options):
+    """Display a figure with alt text and a caption; make it the last line of a cell.
+
+    Parameters
+    ----------
+    fig : matplotlib.figure.Figure
+        It is closed, so that the notebook does not draw it a second time.
+    alt : str
+        What a reader who cannot see the figure needs to know.
+    caption : str, optional
+        What to see in it.
+    **options
+        ``colors`` and ``dpi`` of :func:`png`.
+
+    Raises
+    ------
+    ValueError
+        If `alt` is empty.
+    """
+    from IPython.display import display
+
+    caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    page = f'<figure class="sl-figure" style="margin:1em 0">{img(fig, alt, **options)}{caption}</figure>'
+    display({"text/html": page, "text/plain": f"Figure: {alt}"}, raw=True)
+
+
+def band(ax, x, ys, *, color=None, label=None, **line):
+    """Draw several seeds as one curve: their mean, and a band from the lowest to the highest.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    x : array_like, shape (points,)
+    ys : array_like, shape (seeds, points)
+    color, label
+        As in ``ax.plot``.
+
+    Returns
+    -------
+    matplotlib.lines.Line2D
+    """
+    ys = np.atleast_2d(np.asarray(ys, dtype=float))
+    (curve,) = ax.plot(x, ys.mean(0), color=color, label=label, **line)
+    if len(ys) > 1:
+        ax.fill_between(x, ys.min(0), ys.max(0), color=curve.get_color(), alpha=0.2, linewidth=0)
+    return curve
+
+
+def draw_records(ax, records, metric="exact", x="tokens", chance=True):
+    """Draw run records, one band for each N over its seeds.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    records : list of dict
+        As :func:`sleeplib.records.load_records` returns them.
+    metric : str
+        A key of the curve's metrics, or ``"loss"`` for the training loss.
+    x : {"tokens", "step"}
+    chance : bool
+        Also draw what guessing gives.
+    """
+    runs = defaultdict(list)
+    for record in records:
+        runs[record["passes"]].append(record)
+    for passes, group in sorted(runs.items()):
+        # Runs that stopped early are drawn as far as the shortest of their N.
+        points = min(len(r["curve"]) for r in group)
+        ys = [[_value(p, metric) for p in r["curve"][:points]] for r in group]
+        xs = [p[x] for p in group[0]["curve"][:points]]
+        style = {"color": COLORS.get(passes), "dashes": DASHES.get(passes, ())}
+        band(ax, xs, ys, label=f"N = {passes}", **style)
+    if chance and records and metric in records[0]["chance"]:
+        guess = records[0]["chance"][metric]
+        ax.axhline(guess, color="black", linewidth=0.8, linestyle=":", label="guessing")
+    ax.set(xlabel={"tokens": "training tokens", "step": "step"}.get(x, x), ylabel=metric)
+    if records:
+        ax.legend()
+
+
+def _value(point, metric):
+    return point["metrics"][metric] if metric in point.get("metrics", {}) else point[metric]
+
+
+def provenance(records):
+    """One line for under a figure: device, commit and number of seeds of the runs in it."""
+    if not records:
+        return "not run yet"
+    devices = ", ".join(sorted({str(r["device"]) for r in records}))
+    # A plus sign: the code differed from its commit.
+    commits = {(r["commit"] or "no git ")[:7].strip() + "+" * bool(r["dirty"]) for r in records}
+    seeds = len({r["seed"] for r in records})
+    return f"device: {devices}; commit: {', '.join(sorted(commits))}; seeds: {seeds}"

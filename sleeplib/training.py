@@ -1,0 +1,467 @@
+"""The one visible training loop: Muon and AdamW, the same data for every N, checkpoints that resume to the bit."""
+
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from . import records
+from .model import HybridLM
+from .sleep import awake_chunks, sleep_forward
+
+DATA, TEST = 0, 1  # streams of random numbers; neither depends on N
+
+
+def make_optimizers(model, train):
+    """Muon for the hidden matrices, AdamW for embeddings, head, norms, biases, filters and decay rates.
+
+    Parameters
+    ----------
+    model : HybridLM
+    train : TrainConfig
+
+    Returns
+    -------
+    tuple of torch.optim.Optimizer
+        Muon, AdamW.
+
+    Notes
+    -----
+    Muon's update is scaled by ``sqrt(max(1, rows / columns))``.
+
+    Chapter: 11_rule110
+    """
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        hidden = p.ndim == 2 and name.startswith("layers.") and not name.endswith("conv.weight")
+        (matrices if hidden else rest).append(p)
+    decayed = [p for p in rest if p.ndim == 2]
+    plain = [p for p in rest if p.ndim != 2]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=train.muon_lr,
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        weight_decay=train.weight_decay,
+        adjust_lr_fn="original",
+    )
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=train.adamw_lr, betas=(0.9, 0.95), fused=True)
+    return muon, adamw
+
+
+def schedule(step, train):
+    """Factor on Muon's learning rate at a step: warm up, stay, decay."""
+    up = (step + 1) / train.warmup if train.warmup else 1.0
+    down = (train.steps - step) / train.decay if train.decay else 1.0
+    return min(1.0, up, down)
+
+
+def training_batch(task, train, seed, step):
+    """The batch of one step: a function of the seed and the step alone, so every N sees the same."""
+    return task.batch(train.batch, np.random.default_rng([seed, DATA, step]), split="train")
+
+
+def held_out(task, count, seed):
+    """Held-out sequences, drawn once a seed."""
+    return task.batch(count, np.random.default_rng([seed, TEST]), split="test")
+
+
+@torch.no_grad()
+def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
+    """Score a model on a batch, asleep and awake as in training.
+
+    Parameters
+    ----------
+    model : HybridLM
+    task : Rule110
+        Any task of :mod:`sleeplib.tasks`.
+    batch : Batch
+    passes : int
+        N; need not be the N of training.
+    eviction : {"hard", "sliding"}
+    chunk : int
+        Sequences at a time.
+
+    Returns
+    -------
+    dict of str to float
+        See the task's ``score``.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    device = model.head.weight.device
+    logits = []
+    for inputs, labels in zip(batch.inputs.split(chunk), batch.labels.split(chunk), strict=True):
+        out = sleep_forward(
+            model, inputs.to(device), labels, window=task.window, passes=passes, eviction=eviction
+        )
+        logits.append(out.logits.float().cpu())
+    return task.score(torch.cat(logits), batch)
+
+
+class Trainer:
+    """A run that can stop after any step and go on later as if it had not.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    passes : int
+        N.
+    seed : int
+        Of the weights and of the data.
+    device : str
+        "auto", "cpu", "cuda", or one CUDA device.
+
+    Attributes
+    ----------
+    model : HybridLM
+    step : int
+        Steps done.
+    curve : list of dict
+        Step, tokens, training loss since the entry before, held-out metrics.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+
+    def __init__(self, experiment, passes, seed, device="auto"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.experiment, self.passes, self.seed = experiment, passes, seed
+        self.device = torch.device(device)
+        task, train = experiment.task, experiment.train
+        if task.vocab_size != experiment.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {experiment.model.vocab_size}; the task has {task.vocab_size} tokens"
+            )
+        torch.manual_seed(seed)
+        self.model = HybridLM(experiment.model).to(self.device)
+        self.optimizers = make_optimizers(self.model, train)
+        self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
+        self.losses = torch.zeros(
+            2, dtype=torch.float64, device=self.device
+        )  # sum and count since the last entry
+        first = training_batch(task, train, seed, 0)
+        self.awake = awake_chunks(first.labels, task.window)
+        self.test = held_out(task, train.eval_batch, seed)
+        self.data_hash = data_hash(first, self.test)
+        self.graph = None
+
+    def loss(self, inputs, labels):
+        """Mean cross-entropy of Algorithm 1 on a batch."""
+        train = self.experiment.train
+        capable = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device)[0] >= 8
+        low = train.precision == "bfloat16" and capable
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if low else nullcontext():
+            return sleep_forward(
+                self.model,
+                inputs,
+                labels,
+                window=self.experiment.task.window,
+                passes=self.passes,
+                eviction=train.eviction,
+                checkpoint=train.checkpoint,
+                return_logits=False,
+                awake=self.awake,
+            ).loss
+
+    def forward_backward(self, batch):
+        """Leave the gradient of one batch in the parameters; return the loss, still on the device."""
+        if self.experiment.train.graph and self.device.type == "cuda":
+            self.graph = self.graph or CapturedStep(self, batch)
+            return self.graph(batch)
+        for p in self.model.parameters():
+            p.grad = None
+        loss = self.loss(batch.inputs.to(self.device), batch.labels.to(self.device))
+        loss.backward()
+        return loss.detach()
+
+    def train_step(self):
+        """One optimizer step on the next batch."""
+        train = self.experiment.train
+        batch = training_batch(self.experiment.task, train, self.seed, self.step)
+        loss = self.forward_backward(batch)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip, foreach=True)
+        muon, adamw = self.optimizers
+        muon.param_groups[0]["lr"] = train.muon_lr * schedule(self.step, train)
+        muon.step()
+        adamw.step()
+        self.losses += torch.stack((loss.double(), torch.ones_like(loss, dtype=torch.float64)))
+        self.step += 1
+
+    def measure(self):
+        """Add an entry to the curve; raise FloatingPointError if the loss is not finite."""
+        task, train = self.experiment.task, self.experiment.train
+        total, count = self.losses.tolist()
+        self.losses.zero_()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"loss is not finite near step {self.step}")
+        metrics = evaluate(self.model, task, self.test, passes=self.passes, eviction=train.eviction)
+        self.curve.append(
+            {
+                "step": self.step,
+                "tokens": self.step * train.batch * task.length,
+                "loss": total / count,
+                "metrics": metrics,
+            }
+        )
+
+    def run(self, stop_after=None, checkpoint=None, progress=True):
+        """Train to the end, or for `stop_after` steps more; return "done" or what stopped it.
+
+        Ctrl-C stops after the step in hand.  `checkpoint` is a file that is written every ``save_every`` steps and
+        at the end of the call.
+        """
+        train = self.experiment.train
+        end = train.steps if stop_after is None else min(train.steps, self.step + stop_after)
+        name = f"{self.experiment.name} N={self.passes} seed={self.seed}"
+        bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=None if progress else True)
+        began = time.perf_counter()
+        status = None
+        try:
+            while self.step < end:
+                self.train_step()
+                if self.step % train.eval_every == 0 or self.step == train.steps:
+                    self.measure()
+                    bar.set_postfix(
+                        loss=f"{self.curve[-1]['loss']:.3f}",
+                        exact=f"{self.curve[-1]['metrics']['exact']:.3f}",
+                    )
+                bar.update()
+                if checkpoint and self.step % train.save_every == 0 and self.step < end:
+                    began = self._clock(began)
+                    self.save(checkpoint)
+        except KeyboardInterrupt:
+            status = f"interrupted after step {self.step}"
+        except FloatingPointError as error:
+            status = f"failed: {error}"
+        finally:
+            bar.close()
+        self._clock(began)
+        if checkpoint and not (status or "").startswith("failed"):
+            self.save(checkpoint)
+        return status or ("done" if self.step == train.steps else f"stopped after step {self.step}")
+
+    def _clock(self, began):
+        now = time.perf_counter()
+        self.seconds += now - began
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            # The peak of the whole process; Linux counts in KiB, macOS in bytes.
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.peak_bytes = max(self.peak_bytes, peak)
+        return now
+
+    def save(self, path):
+        """Write everything a later call needs to go on to the bit: one safetensors file, no pickle."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
+        tensors["losses"] = self.losses
+        notes = dict(
+            run=self.identity(),
+            step=self.step,
+            curve=self.curve,
+            seconds=self.seconds,
+            peak_bytes=self.peak_bytes,
+        )
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        records.write_atomically(path, save(tensors, metadata={"sleeplib": json.dumps(notes)}))
+
+    def load(self, path):
+        """Go on where :meth:`save` stopped.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or belongs to another run.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["sleeplib"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run ({error})") from error
+        if notes["run"] != self.identity():
+            odd = [k for k, v in self.identity().items() if notes["run"].get(k) != v]
+            raise ValueError(f"checkpoint: {path} belongs to another run (differs in {', '.join(odd)})")
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        for number, optimizer in enumerate(self.optimizers):
+            state = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{number}."):
+                    _, _, index, slot = key.split(".")
+                    state.setdefault(int(index), {})[slot] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.losses = tensors["losses"].to(self.device)
+        self.step, self.curve = notes["step"], notes["curve"]
+        self.seconds, self.peak_bytes = notes["seconds"], notes["peak_bytes"]
+
+    def identity(self):
+        """What must be the same for a checkpoint to fit."""
+        return dict(
+            preset=self.experiment.name,
+            passes=self.passes,
+            seed=self.seed,
+            config_hash=self.experiment.config_hash(),
+            data_hash=self.data_hash,
+        )
+
+    def record(self, status, command):
+        """The run record of what has been done so far."""
+        experiment, train = self.experiment, self.experiment.train
+        commit, dirty = records.commit()
+        final = {}
+        if not status.startswith("failed"):
+            test = held_out(experiment.task, 8 * train.eval_batch, self.seed)
+            final = evaluate(self.model, experiment.task, test, passes=self.passes, eviction=train.eviction)
+        cuda = self.device.type == "cuda"
+        return dict(
+            preset=experiment.name,
+            passes=self.passes,
+            seed=self.seed,
+            config=experiment.config(),
+            config_hash=experiment.config_hash(),
+            command=command,
+            commit=commit,
+            dirty=dirty,
+            data_hash=self.data_hash,
+            versions=records.versions(),
+            device=torch.cuda.get_device_name(self.device) if cuda else records.processor(),
+            dtype=train.precision,
+            seconds=round(self.seconds, 2),
+            peak_bytes=self.peak_bytes,
+            tokens=self.step * train.batch * experiment.task.length,
+            curve=self.curve,
+            chance=experiment.task.chance(),
+            final=final,
+            status=status,
+        )
+
+
+def data_hash(*batches):
+    """Sixteen hex digits of the tokens and labels of some batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for x in (batch.inputs, batch.labels):
+            digest.update(x.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+class CapturedStep:
+    """Forward and backward of a training step, captured once as a CUDA graph and then replayed.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    batch : Batch
+        Gives the shapes.
+
+    Notes
+    -----
+    Nothing in a step depends on values read back from the GPU: which chunks are awake is known beforehand.
+    The optimizers stay outside the graph, where their learning rates may change.
+
+    Chapter: 11_rule110
+    """
+
+    def __init__(self, trainer, batch):
+        self.inputs = batch.inputs.to(trainer.device)
+        self.labels = batch.labels.to(trainer.device)
+        parameters = list(trainer.model.parameters())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm up outside the graph: caches, cuBLAS handles, rotary tables
+            for _ in range(3):
+                for p in parameters:
+                    p.grad = None
+                trainer.loss(self.inputs, self.labels).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        for p in parameters:
+            p.grad = None
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = trainer.loss(self.inputs, self.labels)
+            self.loss.backward()
+        self.loss = self.loss.detach()
+
+    def __call__(self, batch):
+        self.inputs.copy_(batch.inputs.pin_memory(), non_blocking=True)
+        self.labels.copy_(batch.labels.pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, stop_after=None, progress=True):
+    """Train one preset with one N and one seed, and write its record.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    passes : int
+        N.
+    seed : int
+    device : str
+        "auto", "cpu" or "cuda".
+    out : path_like, optional
+        Folder of the records, ``data/results`` if absent.
+    resume : bool
+        Go on from the run's checkpoint, if there is one.
+    stop_after : int, optional
+        Stop after that many steps more; the checkpoint stays for the next call.
+    progress : bool
+        Show a progress bar on a terminal.
+
+    Returns
+    -------
+    dict
+        The record, also after Ctrl-C; its ``status`` says what happened.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit, a checkpoint is damaged or foreign, or a finished record of another
+        configuration stands in the way.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    for name, value, low in (("passes", passes, 1), ("seed", seed, 0), ("stop_after", stop_after, 1)):
+        if value is None and name == "stop_after":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name} must be an int of at least {low}; got {value!r}")
+    path = records.record_path(experiment.name, passes, seed, out)
+    if path.exists() and (old := records.load_record(path))["config_hash"] != experiment.config_hash():
+        raise ValueError(
+            f"out: {path} is the record of another configuration ({old['config_hash']}); choose another out"
+        )
+    checkpoint = path.with_suffix(".safetensors")
+    trainer = Trainer(experiment, passes, seed, device)
+    if resume and checkpoint.exists():
+        trainer.load(checkpoint)
+    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed}"
+    status = trainer.run(stop_after=stop_after, checkpoint=checkpoint, progress=progress)
+    record = trainer.record(status, command)
+    records.save_record(record, out)
+    if status == "done":
+        checkpoint.unlink(missing_ok=True)
+    return record

@@ -1,0 +1,131 @@
+"""Interactive figures that need neither a kernel nor a network: frames under a slider, `interact` on top."""
+
+import hashlib
+import html
+import json
+import os
+
+from .plots import img
+
+# The whole behaviour: show the frame that the slider names, say its label. It needs no identifier, so that a
+# page may hold any number of sliders.
+_ON_INPUT = (
+    "const f=this.closest('figure'),n=+this.value;"
+    "f.querySelectorAll('img').forEach((p,i)=>{p.style.display=i===n?'':'none'});"
+    "const t=JSON.parse(f.dataset.labels)[n];"
+    "f.querySelector('output').textContent=t;"
+    "this.setAttribute('aria-valuetext',t)"
+)
+
+
+def frame_slider(frames, labels, alt, title, **options):
+    """Show figures one at a time under a range slider.
+
+    Each frame is embedded as a small picture, so the page works without a kernel and without a network, by
+    mouse, touch and arrow keys.
+
+    Parameters
+    ----------
+    frames : list of matplotlib.figure.Figure
+        They are closed.
+    labels : list of str
+        What the slider says at each frame, such as ``"t = 3"``.
+    alt : str or list of str
+        Text for readers who cannot see the frames; one text is joined to each label.
+    title : str
+        Names the slider.
+    **options
+        ``colors`` and ``dpi`` of :func:`sleeplib.plots.png`.
+
+    Returns
+    -------
+    FrameSlider
+        Displays itself as the last value of a cell.
+
+    Raises
+    ------
+    ValueError
+        If there are no frames, or not one label and one alt text for each.
+    """
+    frames, labels = list(frames), [str(label) for label in labels]
+    alts = [f"{alt} {label}" for label in labels] if isinstance(alt, str) and alt.strip() else list(alt)
+    if not frames or not len(frames) == len(labels) == len(alts):
+        raise ValueError(
+            "frames, labels and alt must be of one length, at least 1; "
+            f"got {len(frames)}, {len(labels)}, {len(alts)}"
+        )
+    pictures = [img(figure, text, **options) for figure, text in zip(frames, alts)]
+    return FrameSlider(pictures, labels, title)
+
+
+class FrameSlider:
+    """The HTML that :func:`frame_slider` makes."""
+
+    def __init__(self, pictures, labels, title):
+        self.pictures, self.labels, self.title = pictures, labels, title
+
+    def _repr_html_(self):
+        identity = hashlib.sha256("\n".join([self.title, *self.labels]).encode()).hexdigest()[:8]
+        title, first = html.escape(self.title), html.escape(self.labels[0])
+        hidden = [p.replace('style="', 'style="display:none;', 1) for p in self.pictures[1:]]
+        return (
+            f'<figure class="sl-frames" id="frames-{identity}" style="margin:1em 0;max-width:100%" '
+            f'data-labels="{html.escape(json.dumps(self.labels))}">'
+            f"{self.pictures[0]}{''.join(hidden)}"
+            '<label style="display:flex;flex-wrap:wrap;gap:.5em 1em;align-items:center">'
+            f"<span>{title}: <output>{first}</output></span>"
+            f'<input type="range" min="0" max="{len(self.labels) - 1}" step="1" value="0" autocomplete="off" '
+            f'aria-label="{title}" aria-valuetext="{first}" style="flex:1 1 12em;min-height:2.5em" '
+            f'oninput="{html.escape(_ON_INPUT)}">'
+            "</label></figure>"
+        )
+
+    def __repr__(self):
+        return f"{self.title}: a slider over {len(self.labels)} frames, {self.labels[0]} to {self.labels[-1]}"
+
+
+def interact_or_frames(draw, name, values, alt, live=None, **options):
+    """Show `draw` under a slider: frames for everyone, and `ipywidgets.interact` where a kernel is live.
+
+    Parameters
+    ----------
+    draw : callable
+        Takes one value, returns a figure.
+    name : str
+        What is moved; an argument name for `interact`.
+    values : sequence
+        One frame for each.
+    alt : str or callable
+        Alt text; a callable takes the value.
+    live : optional
+        What `interact` moves over, finer than `values` perhaps, such as ``(0, 32)``; `values` if absent.
+    **options
+        ``colors`` and ``dpi`` of :func:`sleeplib.plots.png`.
+    """
+    from IPython.display import display
+
+    values = list(values)
+    texts = [alt(v) if callable(alt) else f"{alt} {name} = {v}" for v in values]
+    display(frame_slider([draw(v) for v in values], values, texts, name, **options))
+    if building():
+        return
+    import ipywidgets
+    import matplotlib.pyplot as plt
+
+    def picture(**moved):
+        display(draw(moved[name]))
+        plt.close("all")
+
+    control = ipywidgets.SelectionSlider(options=values, description=name) if live is None else live
+    ipywidgets.interact(picture, **{name: control})
+
+
+def building():
+    """Whether pages are being built or checked: then outputs must not depend on a live kernel."""
+    if os.environ.get("SLEEPLIB_BUILDING"):
+        return True
+    try:
+        get_ipython()  # IPython defines it
+    except NameError:
+        return True
+    return False
