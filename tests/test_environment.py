@@ -41,7 +41,9 @@ def test_every_requirement_is_pinned_to_a_version_that_satisfies_it():
 def test_colab_satisfies_the_floors():
     wanted = requirements("lab")
     for name, version in read_pins("constraints/colab.txt").items():
-        assert wanted[name].contains(version.replace("*", "99")), f"Colab's {name} {version} is below the floor"
+        assert wanted[name].contains(version.replace("*", "99")), (
+            f"Colab's {name} {version} is below the floor"
+        )
     assert wanted["torch"].contains("2.11"), "Colab's torch 2.11 is below the floor"
     assert SpecifierSet(PROJECT["requires-python"]).contains("3.13")
 
