@@ -20,15 +20,16 @@ env: $(STAMP)  ## set up .venv from constraints.txt (the other targets do so the
 
 # Where there is an NVIDIA GPU, torch comes the ordinary way; elsewhere the pinned one, from wherever pip looks.
 $(STAMP): constraints.txt pyproject.toml
+	@echo "setting up .venv: minutes and about 2 GB the first time, once"
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	if nvidia-smi >/dev/null 2>&1; then \
+	@if nvidia-smi >/dev/null 2>&1; then \
 		grep -v '^torch==' constraints.txt > .venv/constraints.txt && \
-		$(PY) -m pip install 'torch>=2.9'; \
+		$(PY) -m pip install -q 'torch>=2.9'; \
 	else \
 		cp constraints.txt .venv/constraints.txt && \
-		$(PY) -m pip install "$$(grep '^torch==' constraints.txt)"; \
+		$(PY) -m pip install -q "$$(grep '^torch==' constraints.txt)"; \
 	fi
-	$(PY) -m pip install -c .venv/constraints.txt -e '.[book,lab,test]'
+	$(PY) -m pip install -q -c .venv/constraints.txt -e '.[book,lab,test]'
 	touch $@
 
 test: $(STAMP)  ## lint, unit and property tests, the built site, and every chapter's stored outputs

@@ -67,7 +67,7 @@ def img(fig, alt, **options):
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">'
 
 
-def show(fig, alt, caption=None, **options):
+def show(fig, alt, caption=None, *, colors=64, dpi=110):
     """Display a figure with alt text and a caption; make it the last line of a cell.
 
     Parameters
@@ -78,8 +78,8 @@ def show(fig, alt, caption=None, **options):
         What a reader who cannot see the figure needs to know.
     caption : str, optional
         What to see in it.
-    **options
-        ``colors`` and ``dpi`` of :func:`png`.
+    colors, dpi : int
+        As in :func:`png`.
 
     Raises
     ------
@@ -89,7 +89,8 @@ def show(fig, alt, caption=None, **options):
     from IPython.display import display
 
     caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    page = f'<figure class="sl-figure" style="margin:1em 0">{img(fig, alt, **options)}{caption}</figure>'
+    picture = img(fig, alt, colors=colors, dpi=dpi)
+    page = f'<figure class="sl-figure" style="margin:1em 0">{picture}{caption}</figure>'
     display({"text/html": page, "text/plain": f"Figure: {alt}"}, raw=True)
 
 

@@ -1,0 +1,17 @@
+"""Sphinx extension: the chapter that a docstring names becomes a link on the API page."""
+
+import re
+from pathlib import Path
+
+
+def link_chapter(app, what, name, thing, options, lines):
+    """Turn ``Chapter: NN_topic`` into a link where that chapter exists."""
+    for i, line in enumerate(lines):
+        found = re.fullmatch(r"(\s*Chapter: )(\w+)", line)
+        if found and (Path(app.srcdir) / "book" / f"{found[2]}.ipynb").exists():
+            lines[i] = f"{found[1]}:doc:`/book/{found[2]}`"
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", link_chapter, priority=900)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
