@@ -1,0 +1,467 @@
+"""Every way to compute a recurrence is the same function: outputs, last state, all gradients, errors."""
+
+import importlib.util
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import close
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+
+import sleeplib as sl
+from sleeplib import kernels
+from sleeplib.kernels import chunked, fla, reference
+
+BACKENDS = ("reference", "chunked")
+RULES = {True: sl.gated_delta_rule, False: sl.gated_hebbian_rule}
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def draw(T, B=2, H=2, K=4, V=6, seed=0, dtype=torch.float64):
+    """Named arguments of a recurrence, all leaves that want a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = dict(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), g=(B, T, H), beta=(B, T, H))
+    shapes["initial_state"] = (B, H, K, V)
+    x = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    x["k"] = F.normalize(x["k"], dim=-1)
+    x["g"], x["beta"] = -x["g"].exp() / 8, x["beta"].sigmoid()
+    return {n: z.to(dtype).requires_grad_() for n, z in x.items()}
+
+
+def call(rule, x, **options):
+    named = {n: z for n, z in x.items() if n not in "qkv"}
+    return rule(x["q"], x["k"], x["v"], **named, **options)
+
+
+def oracle(x, delta, scale=None):
+    x = {n: z.double() for n, z in x.items()}
+    return oracles.recurrence(
+        x["q"], x["k"], x["v"], x["g"], x["beta"], x.get("initial_state"), scale=scale, delta=delta
+    )
+
+
+def gradients(outputs, x, seed=9):
+    """The gradient of a fixed random functional of the outputs, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum((o.cpu().double() * torch.randn(o.shape, generator=generator)).sum() for o in outputs)
+    names = [n for n, z in x.items() if z.requires_grad]
+    return dict(zip(names, torch.autograd.grad(total, [x[n] for n in names])))
+
+
+def compare(ours, truth, x, what=""):
+    """Outputs, last state and every gradient against the equations, by name."""
+    for name, a, b in zip(("o", "S"), ours, truth):
+        close(a.cpu(), b.to(a.dtype), what=f"{what} {name}")
+    found, wanted = gradients(ours, x), gradients(truth, x)
+    for name in found:
+        close(found[name], wanted[name], what=f"{what} d{name}")
+
+
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_are_the_equations(backend, T, delta):
+    x = draw(T)
+    compare(call(RULES[delta], x, backend=backend), oracle(x, delta), x)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    delta=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
+    shape=st.tuples(*(st.integers(1, n) for n in (40, 3, 3, 5, 7))),
+    scale=st.sampled_from((None, 1, 0.3, -2.0)),
+    dtype=st.sampled_from((torch.float64, torch.float32)),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_scale(delta, backend, shape, scale, dtype, seed):
+    T, B, H, K, V = shape
+    x = draw(T, B, H, K, V, seed=seed, dtype=dtype)
+    compare(call(RULES[delta], x, backend=backend, scale=scale), oracle(x, delta, scale), x)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(chunk=st.integers(1, 20), T=st.integers(1, 40), delta=st.booleans())
+def test_the_chunk_size_changes_nothing(chunk, T, delta):
+    x = draw(T)
+    ours = chunked.recurrence(*x.values(), x["q"].shape[3] ** -0.5, delta, chunk=chunk)
+    compare(ours, oracle(x, delta), x)
+
+
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_an_initial_state_it_starts_from_zeros(backend, delta):
+    x = draw(19)
+    zeros = x | {"initial_state": torch.zeros_like(x["initial_state"])}
+    del x["initial_state"]
+    for a, b in zip(call(RULES[delta], x, backend=backend), oracle(zeros, delta)):
+        close(a, b)
+
+
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cut_anywhere_changes_nothing(backend, delta):
+    x = draw(30)
+    whole = call(RULES[delta], x, backend=backend)
+    for cut in (1, 13, 16, 29):
+        first, second = ({n: z[:, part] for n, z in x.items()} for part in (slice(cut), slice(cut, None)))
+        first["initial_state"] = x["initial_state"]
+        o1, second["initial_state"] = call(RULES[delta], first, backend=backend)
+        o2, S = call(RULES[delta], second, backend=backend)
+        close(torch.cat((o1, o2), dim=1), whole[0])
+        close(S, whole[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_do_not_matter(backend):
+    x = draw(17)
+    for name, z in x.items():
+        wide = z.detach().repeat_interleave(2, dim=-1)
+        strided = wide[..., ::2] if name != "v" else z.detach().transpose(1, 2).contiguous().transpose(1, 2)
+        assert not strided.is_contiguous()
+        x[name] = strided.requires_grad_()
+    compare(call(sl.gated_delta_rule, x, backend=backend), oracle(x, True), x)
+
+
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("g", [0.0, -1e-30, -90.0, -1e30, -math.inf, "mixed"])
+def test_any_decay_is_safe(g, dtype, backend, delta):
+    x = draw(70, dtype=dtype)
+    if g == "mixed":
+        generator = torch.Generator().manual_seed(0)
+        values = torch.tensor([0.0, -1e-3, -1.0, -1e30, -math.inf])
+        g = values[torch.randint(5, x["g"].shape, generator=generator)]
+    else:
+        g = torch.full(x["g"].shape, g)
+    x["g"] = g.to(dtype).requires_grad_()
+    compare(call(RULES[delta], x, backend=backend), oracle(x, delta), x)
+
+
+def test_a_small_decay_after_a_large_one_is_resolved():
+    """exp(G_i - G_j) is a difference of running sums: a large common part must cancel exactly."""
+    x = draw(64, dtype=torch.float32)
+    g = torch.full(x["g"].shape, -1e-4)
+    g[:, 3] = -99.0
+    x["g"] = g.requires_grad_()
+    compare(call(sl.gated_delta_rule, x, backend="chunked"), oracle(x, True), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_inputs_keep_a_float32_state(backend):
+    x = draw(40, dtype=torch.bfloat16)
+    x["initial_state"] = x["initial_state"].detach().float()
+    x["g"], x["beta"] = x["g"].detach().float(), x["beta"].detach().float()
+    o, S = call(sl.gated_delta_rule, x, backend=backend)
+    # `compare` holds S to the tolerance of its own dtype: as exact as float32, whatever the inputs.
+    assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
+    compare((o, S), oracle(x, True), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_the_state(backend):
+    x = draw(20, dtype=torch.float32)
+    plain = call(sl.gated_delta_rule, x, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = call(sl.gated_delta_rule, x, backend=backend)
+    for a, b in zip(cast, plain):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_and_state_are_left_alone(backend):
+    x = draw(20)
+    before = {n: z.detach().clone() for n, z in x.items()}
+    gradients(call(sl.gated_delta_rule, x, backend=backend), x)
+    for name, z in x.items():
+        assert torch.equal(z, before[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+def test_gradcheck(backend, delta):
+    x = draw(5, B=1, H=2, K=2, V=3)
+
+    def f(q, k, v, g, beta, S):
+        # `g` is nudged by gradcheck: validation would mind a decay nudged above 0
+        return RULES[delta](q, k, v, g=g, beta=beta, initial_state=S, backend=backend, validate=False)
+
+    assert torch.autograd.gradcheck(f, tuple(x.values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "truth", [qwen.torch_recurrent_gated_delta_rule, qwen.torch_chunk_gated_delta_rule], ids=["loop", "chunk"]
+)
+def test_transformers_agrees(truth, backend):
+    x = {n: z.detach() for n, z in draw(65, dtype=torch.float32).items()}
+    theirs = truth(
+        **{n: x[n] for n in ("g", "beta", "initial_state")},
+        **dict(query=x["q"], key=x["k"], value=x["v"]),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=False,
+    )
+    for a, b in zip(call(sl.gated_delta_rule, x, backend=backend), theirs):
+        close(a, b)
+
+
+# Which path ran
+
+
+@pytest.mark.parametrize(
+    "K, V, backend, wanted",
+    [
+        (4, 6, "auto", "reference"),
+        (64, 64, "auto", "reference"),
+        (64, 65, "auto", "chunked"),
+        (4, 6, "chunked", "chunked"),
+        (64, 65, "reference", "reference"),
+        (4, 6, "fla", "fla"),
+    ],
+)
+def test_the_path_that_was_asked_for_runs_once(monkeypatch, K, V, backend, wanted):
+    ran, honest = [], chunked.recurrence
+
+    def spy(name):
+        def recurrence(*args):
+            ran.append(name)
+            return honest(*args)
+
+        return recurrence
+
+    for name, module in (("reference", reference), ("chunked", chunked), ("fla", fla)):
+        monkeypatch.setattr(module, "recurrence", spy(name))
+    x = {n: z.detach() for n, z in draw(3, B=1, H=1, K=K, V=V, dtype=torch.float32).items()}
+    call(sl.gated_delta_rule, x, backend=backend)
+    assert ran == [wanted]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="fla is installed")
+def test_without_fla_the_error_says_what_to_install():
+    with pytest.raises(ImportError, match="pip install flash-linear-attention"):
+        call(sl.gated_delta_rule, draw(3), backend="fla")
+
+
+# Bad input
+
+
+def bad(**changes):
+    x = {n: z.detach() for n, z in draw(6).items()}
+    return x | {n: (f(x[n]) if callable(f) else f) for n, f in changes.items()}
+
+
+def set_one(value):
+    def change(g):
+        g = g.clone()
+        g[0, 3, 1] = value
+        return g
+
+    return change
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=["delta", "hebbian"])
+@pytest.mark.parametrize(
+    "error, names, changes",
+    [
+        (ValueError, "q must have shape", dict(q=lambda x: x[0])),
+        (ValueError, "q must have shape", dict(q=lambda x: x[:, :0])),
+        (ValueError, "k must have shape", dict(k=lambda x: x[..., :3])),
+        (ValueError, "k must have shape", dict(k=lambda x: x[:1])),  # would broadcast
+        (ValueError, "v must have shape", dict(v=lambda x: x[:, :5])),
+        (ValueError, "v must have shape", dict(v=lambda x: x[..., 0])),
+        (ValueError, "v must have shape", dict(v=lambda x: x[..., :0])),
+        (ValueError, "g must have shape", dict(g=lambda x: x[..., :1])),  # would broadcast
+        (ValueError, "g must have shape", dict(g=lambda x: x.unsqueeze(-1))),
+        (ValueError, "beta must have shape", dict(beta=lambda x: x[:1])),
+        (ValueError, "initial_state must have shape", dict(initial_state=lambda x: x.transpose(2, 3))),
+        (ValueError, "initial_state must have shape", dict(initial_state=lambda x: x[:1])),
+        (TypeError, "q must be a floating-point tensor; got list", dict(q=lambda x: x.tolist())),
+        (TypeError, "v must be .* got torch.int64", dict(v=lambda x: x.long())),
+        (TypeError, "beta must be .* got float", dict(beta=0.5)),
+        (TypeError, "initial_state must be", dict(initial_state=0)),
+        (TypeError, "k is torch.float32", dict(k=lambda x: x.float())),
+        (TypeError, "g is torch.float32", dict(g=lambda x: x.float())),
+        (TypeError, "initial_state is torch.float32", dict(initial_state=lambda x: x.float())),
+        (ValueError, "^g: ", dict(g=set_one(math.nan))),
+        (ValueError, "^g: ", dict(g=set_one(1e-9))),
+        (ValueError, "^g: ", dict(g=set_one(math.inf))),
+        (ValueError, "scale must be", dict(scale=math.nan)),
+        (ValueError, "scale must be", dict(scale="1")),
+        (ValueError, "backend must be one of auto, reference", dict(backend="cuda")),
+    ],
+)
+def test_bad_input_names_the_argument(rule, error, names, changes):
+    with pytest.raises(error, match=names):
+        call(rule, bad(**changes))
+
+
+def test_a_double_state_goes_with_double_inputs_only():
+    x = {n: z.detach().float() for n, z in draw(6).items()}
+    with pytest.raises(TypeError, match="initial_state is torch.float64"):
+        call(sl.gated_delta_rule, x | {"initial_state": x["initial_state"].double()})
+
+
+def test_validation_can_be_switched_off():
+    x = bad(g=set_one(0.1))
+    o, _ = call(sl.gated_delta_rule, x, validate=False)
+    close(o, oracle(x, True)[0])
+
+
+# The other kernels
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    T=st.integers(1, 9),
+    cached=st.integers(0, 9),
+    window=st.one_of(st.none(), st.integers(1, 12)),
+    scale=st.sampled_from((None, 0.7)),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)
+def test_softmax_attention(T, cached, window, scale, dtype):
+    generator = torch.Generator().manual_seed(T)
+    q = torch.randn(2, T, 2, 4, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, cached + T, 2, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+    age = torch.arange(cached, cached + T)[:, None] - torch.arange(cached + T)
+    visible = (age >= 0) & (age < (window or 99))
+    ours = kernels.softmax_attention(*(x.to(dtype) for x in (q, k, v)), window=window, scale=scale)
+    close(ours, oracles.attention(q, k, v, visible, scale).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "names, shapes, window",
+    [
+        ("four dimensions", [(2, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)], None),
+        ("do not fit", [(2, 3, 2, 4), (2, 2, 2, 4), (2, 2, 2, 4)], None),
+        ("do not fit", [(2, 3, 2, 4), (1, 3, 2, 4), (2, 3, 2, 4)], None),
+        ("do not fit", [(2, 3, 2, 4), (2, 3, 2, 4), (2, 4, 2, 4)], None),
+        ("window must be", [(2, 3, 2, 4)] * 3, 0),
+    ],
+)
+def test_softmax_attention_minds_its_arguments(names, shapes, window):
+    with pytest.raises(ValueError, match=names):
+        kernels.softmax_attention(*(torch.zeros(s) for s in shapes), window=window)
+
+
+def agree_with_torch(ours, truth, leaves):
+    close(ours, truth)
+    dy = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3)).to(ours.dtype)
+    pairs = zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(truth, leaves, dy))
+    for a, b in pairs:
+        close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("taps, T, strided", [(1, 3, False), (4, 1, False), (4, 9, True), (2, 70, False)])
+def test_causal_convolution(dtype, taps, T, strided):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, T + taps - 1, 5, generator=generator).to(dtype)
+    x = (x.mT.contiguous().mT if strided else x).requires_grad_()
+    weight = torch.randn(taps, 5, generator=generator).to(dtype).requires_grad_()
+    truth = F.conv1d(x.mT, weight.T.unsqueeze(1), groups=5).mT
+    agree_with_torch(kernels.causal_convolution(x, weight), truth, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (1, 5), (2, 65, 6), (3, 2, 70, 1)], ids=str)
+def test_rms_norm(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(shape[-1], generator=generator).to(dtype).requires_grad_()
+    truth = F.rms_norm(x, weight.shape, weight, 1e-3)
+    agree_with_torch(kernels.rms_norm(x, weight, 1e-3), truth, (x, weight))
+
+
+def test_low_precision_takes_the_other_path_to_the_same_place():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 5, generator=generator).bfloat16()
+    weight = torch.randn(4, 5, generator=generator)
+    wanted = kernels.causal_convolution(x.float(), weight.bfloat16().float())
+    close(kernels.causal_convolution(x, weight.bfloat16()), wanted.bfloat16())
+    wanted = kernels.rms_norm(x.float(), weight[0], 1e-6)
+    close(kernels.rms_norm(x, weight[0], 1e-6), wanted.bfloat16())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(width=st.integers(1, 63), steps=st.integers(0, 40), seed=st.integers(0, 99))
+def test_the_packed_rollout_is_the_rule_table(width, steps, seed):
+    cells = np.random.default_rng(seed).integers(0, 2, width)
+    packed = np.array([sum(int(c) << i for i, c in enumerate(cells))], dtype=np.uint64)
+    history = kernels.rule110_history(cells, steps)
+    assert history.shape == (steps + 1, width) and np.array_equal(history[0], cells)
+    rolled = kernels.rule110_rollout(packed, width, steps)[0]
+    assert [int(rolled) >> i & 1 for i in range(width)] == history[-1].tolist()
+
+
+def test_rule_110_spells_110():
+    for number in range(8):
+        cells = [number >> 2 & 1, number >> 1 & 1, number & 1, 0, 0]
+        assert kernels.rule110_history(cells, 1)[1, 1] == 110 >> number & 1
+
+
+@pytest.mark.parametrize(
+    "cells, steps, names", [([0, 2], 1, "cells"), ([], 1, "cells"), ([0, 1], -1, "steps")]
+)
+def test_rule110_history_minds_its_arguments(cells, steps, names):
+    with pytest.raises(ValueError, match=names):
+        kernels.rule110_history(cells, steps)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(n=st.integers(1, 30), hops=st.integers(0, 50), seed=st.integers(0, 99))
+def test_khop_walk_is_a_power_of_the_permutation(n, hops, seed):
+    rng = np.random.default_rng(seed)
+    successor = rng.permutation(n)
+    start = rng.integers(0, n, 5)
+    matrix = np.zeros((n, n), dtype=np.int64)
+    matrix[np.arange(n), successor] = 1
+    ends = np.linalg.matrix_power(matrix, hops)[start].argmax(axis=1)
+    assert np.array_equal(kernels.khop_walk(successor, start, np.full(5, hops)), ends)
+
+
+# On a GPU
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+@pytest.mark.parametrize("T", (1, 17, 64, 130))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_chunked_on_cuda_is_the_reference(T, delta, dtype):
+    x = draw(T, dtype=dtype)
+    y = {n: z.cuda() for n, z in x.items()}
+    compare(call(RULES[delta], y, backend="chunked"), call(RULES[delta], x, backend="reference"), x)
+
+
+@cuda
+@pytest.mark.cuda
+def test_on_cuda_the_values_of_g_are_checked_when_asked():
+    x = {n: z.detach().cuda() for n, z in draw(6).items()}
+    x["g"][0, 0, 0] = math.nan
+    call(sl.gated_delta_rule, x)
+    with pytest.raises(ValueError, match="^g: "):
+        call(sl.gated_delta_rule, x, validate=True)
+    with pytest.raises(ValueError, match="backend='reference' runs on the CPU only"):
+        call(sl.gated_delta_rule, x | {"g": -x["g"].abs().nan_to_num(1.0)}, backend="reference")
+    with pytest.raises(ValueError, match="k is on cpu"):
+        call(sl.gated_delta_rule, x | {"k": x["k"].cpu()})
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla is not installed")
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+def test_fla_is_the_reference(delta):
+    x = {n: z.detach() for n, z in draw(70, K=32, V=32, dtype=torch.bfloat16).items()}
+    x |= {n: x[n].float() for n in ("g", "beta", "initial_state")}
+    ours = call(RULES[delta], {n: z.cuda() for n, z in x.items()}, backend="fla")
+    for a, b in zip(ours, oracle(x, delta)):
+        close(a.cpu().bfloat16(), b.bfloat16())
