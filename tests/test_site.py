@@ -34,18 +34,8 @@ def site(tmp_path_factory):
             pytest.skip("the book is not built; set SLEEPLIB_TEST_SITE=1 to build it here")
         return built
     out = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "jupyter_book",
-        "build",
-        ".",
-        "-W",
-        "--keep-going",
-        "--all",
-        "--path-output",
-        str(out),
-    ]
+    tool = Path(sys.executable).with_name("jupyter-book")
+    command = [tool, "build", ".", "-W", "--keep-going", "--all", "--path-output", out]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return out / "_build" / "html"
