@@ -67,6 +67,45 @@ def schedule(step, train):
     return min(1.0, up, down)
 
 
+def training_flops(experiment, passes):
+    """Floating-point operations of one training step: three times the products of a forward pass.
+
+    A token costs two operations a matrix entry and pass; attention adds its scores and sums, a fast weight its
+    read, its write and its output.  Norms, gates and convolutions are left out.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    passes : int
+        N; windows with labels are read once.
+
+    Returns
+    -------
+    float
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    model, task = experiment.model, experiment.task
+    first, last = model.loop or (0, len(model.pattern) - 1)
+    D, H, K, V = model.d_model, model.num_heads, model.key_size, model.value_size
+    awake = awake_chunks(training_batch(task, experiment.train, 0, 0).labels, task.window)
+    total = 0
+    for index, asked in enumerate(awake):
+        tokens = min(task.window, task.length - index * task.window)
+        for i, kind in enumerate(model.pattern):
+            repeats = passes if first <= i <= last and not asked else 1
+            entries = 3 * D * model.mlp_size
+            if kind == "a":
+                products = 2 * (entries + 4 * D * D) + 2 * D * (tokens + 1)
+            else:
+                products = 2 * (entries + D * H * (2 * K + 3 * V + 2)) + 6 * H * K * V
+            total += repeats * tokens * products
+        total += asked * tokens * 2 * D * model.vocab_size
+    return 3.0 * experiment.train.batch * total
+
+
 def training_batch(task, train, seed, step):
     """The batch of one step: a function of the seed and the step alone, so every N sees the same."""
     return task.batch(train.batch, np.random.default_rng([seed, DATA, step]), split="train")

@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from .jit import PARALLEL, arrays
 
-@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+
+@njit(**PARALLEL)
 def _attend(q, k, v, scale, window, o):
     B, T, H, K = q.shape
     S, V = k.shape[1], v.shape[3]
@@ -72,7 +74,7 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; got {window}")
     o = torch.empty(B, T, H, V, dtype=v.dtype)
-    arrays = [x.detach().cpu().contiguous().numpy() for x in (q, k, v)]
-    scale = arrays[0].dtype.type(K**-0.5 if scale is None else scale)
-    _attend(*arrays, scale, S if window is None else window, o.numpy())
+    inputs = arrays(q.cpu(), k.cpu(), v.cpu())
+    scale = inputs[0].dtype.type(K**-0.5 if scale is None else scale)
+    _attend(*inputs, scale, S if window is None else window, o.numpy())
     return o

@@ -4,10 +4,10 @@ import torch
 from numba import njit, prange
 from torch.autograd.function import once_differentiable
 
-_JIT = dict(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+from .jit import PARALLEL, arrays
 
 
-@njit(**_JIT)
+@njit(**PARALLEL)
 def _forward(x, weight, y):
     B, T, C = y.shape
     taps = weight.shape[0]
@@ -20,7 +20,7 @@ def _forward(x, weight, y):
                     y[b, t, c] += x[b, t + i, c] * weight[i, c]
 
 
-@njit(**_JIT)
+@njit(**PARALLEL)
 def _backward(x, weight, dy, dx, dweight):
     B, T, C = dy.shape
     taps = weight.shape[0]
@@ -39,7 +39,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight):
         y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
         x = x.contiguous()
-        _forward(x.detach().numpy(), weight.detach().numpy(), y.numpy())
+        _forward(*arrays(x, weight, y))
         ctx.save_for_backward(x, weight)
         return y
 
@@ -48,9 +48,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), x.new_empty(x.shape[0], *weight.shape)
-        _backward(
-            x.detach().numpy(), weight.detach().numpy(), dy.contiguous().numpy(), dx.numpy(), dweight.numpy()
-        )
+        _backward(*arrays(x, weight, dy, dx, dweight))
         return dx, dweight.sum(0)
 
 

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from numba import njit, prange
 from torch.autograd.function import once_differentiable
 
+from .jit import PARALLEL, arrays
+
 BLOCK = 64  # rows a task; each task sums its own share of the weight's gradient, so sums are reproducible
 
-_JIT = dict(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
-
-@njit(**_JIT)
+@njit(**PARALLEL)
 def _forward(x, weight, eps, y, rate):
     rows, n = x.shape
     for block in prange(-(-rows // BLOCK)):
@@ -24,7 +24,7 @@ def _forward(x, weight, eps, y, rate):
                 y[i, j] = x[i, j] * rate[i] * weight[j]
 
 
-@njit(**_JIT)
+@njit(**PARALLEL)
 def _backward(x, weight, rate, dy, dx, dweight):
     rows, n = x.shape
     for block in prange(-(-rows // BLOCK)):
@@ -45,10 +45,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         x = x.contiguous()
         y, rate = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
-        rows = x.detach().view(-1, x.shape[-1]).numpy()
-        _forward(
-            rows, weight.detach().numpy(), rows.dtype.type(eps), y.view(rows.shape).numpy(), rate.numpy()
-        )
+        rows, weights, out, rates = arrays(x.flatten(0, -2), weight, y.flatten(0, -2), rate)
+        _forward(rows, weights, rows.dtype.type(eps), out, rates)
         ctx.save_for_backward(x, weight, rate)
         return y
 
@@ -56,11 +54,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, rate = ctx.saved_tensors
-        rows = (-1, x.shape[-1])
         dx = torch.empty_like(x)
         dweight = x.new_empty(-(-rate.numel() // BLOCK), x.shape[-1])
-        flat = [z.detach().contiguous().view(rows).numpy() for z in (x, dy, dx)]
-        _backward(flat[0], weight.detach().numpy(), rate.numpy(), flat[1], flat[2], dweight.numpy())
+        rows, grads, out = (z.contiguous().flatten(0, -2) for z in (x, dy, dx))
+        _backward(*arrays(rows, weight, rate, grads, out, dweight))
         return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None
 
 

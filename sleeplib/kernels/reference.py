@@ -13,19 +13,17 @@ core's own cache for the whole window, which is why the slow truth is also the f
 small models of this book.
 """
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from torch.autograd.function import once_differentiable
 
+from .jit import PARALLEL, arrays
+
 SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
 
-# Sums may be reordered and contracted to FMAs, which lets LLVM vectorise them; NaN and inf keep their meaning.
-_JIT = dict(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
-
-@njit(**_JIT)
+@njit(**PARALLEL)
 def _forward(q, k, v, g, beta, scale, delta, S, o, u, starts):
     """Fill o (B, T, H, V); advance S (B, H, K, V) in place; keep u and segment starts when there is room."""
     B, T, H, K = q.shape
@@ -59,7 +57,7 @@ def _forward(q, k, v, g, beta, scale, delta, S, o, u, starts):
                 u[b, t, h] = error
 
 
-@njit(**_JIT)
+@njit(**PARALLEL)
 def _backward(q, k, v, g, beta, scale, delta, u, starts, do, dS, dq, dk, dv, dg, dbeta):
     """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the first."""
     B, T, H, K = q.shape
@@ -125,10 +123,6 @@ def _backward(q, k, v, g, beta, scale, delta, u, starts, do, dS, dq, dk, dv, dg,
                 dg[b, t, h] = sum_g
 
 
-def _arrays(*tensors):
-    return [x.detach().contiguous().numpy() for x in tensors]
-
-
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S, scale, delta):
@@ -138,8 +132,8 @@ class _Recurrence(torch.autograd.Function):
         u = v.new_empty((B, T, H, V) if kept else (0, 0, 0, 0))
         starts = v.new_empty((B, H, -(-T // SEGMENT), K, V) if kept else (0, 0, 0, 0, 0))
         scale = v.detach().numpy().dtype.type(scale)
-        inputs = _arrays(q, k, v, g, beta)
-        _forward(*inputs, scale, delta, *_arrays(final, o, u, starts))
+        inputs = arrays(q, k, v, g, beta)
+        _forward(*inputs, scale, delta, *arrays(final, o, u, starts))
         ctx.save_for_backward(q, k, v, g, beta, u, starts)
         ctx.scale, ctx.delta = scale, delta
         return o, final
@@ -151,12 +145,11 @@ class _Recurrence(torch.autograd.Function):
         dS = dS.contiguous().clone()
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
         _backward(
-            *_arrays(q, k, v, g, beta), ctx.scale, ctx.delta, *_arrays(u, starts, do, dS), *_arrays(*grads)
+            *arrays(q, k, v, g, beta), ctx.scale, ctx.delta, *arrays(u, starts, do, dS), *arrays(*grads)
         )
         return *grads, dS, None, None
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta):
     """Run the recurrence on the CPU: o (B, T, H, V) and the last state (B, H, K, V), both differentiable."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     return _Recurrence.apply(q, k, v, g, beta, S, scale, delta)

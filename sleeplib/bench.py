@@ -1,0 +1,202 @@
+"""``python -m sleeplib bench``: speed beside transformers' kernels, streaming, and memory, in one run.
+
+A benchmark, never a test: it prints medians of runs taken in turn, so that a drift of the machine's speed
+falls on both sides alike.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from . import experiments, records
+from .kernels import gated_delta_rule
+from .sleep import Sleeper
+from .training import Trainer, training_batch, training_flops
+
+SHAPES = ((128, 24, 4, 16, 32), (4, 256, 4, 64, 128))  # B, T, H, K, V
+
+
+def in_turn(functions, repeats):
+    """Median seconds of each function, run in turn after one warm-up, synchronised on CUDA."""
+    times = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for seconds, function in zip(times, functions):
+            began = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def matmul_peak(repeats, device="cpu", dtype=torch.float32, size=1024):
+    """Measured FLOP/s of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / in_turn([lambda: a @ b], repeats)[0]
+
+
+def kernels(repeats):
+    """Time the recurrence, forward per core and forward + backward on all cores."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as oracle
+
+    threads = torch.get_num_threads()
+    for B, T, H, K, V in SHAPES:
+        torch.manual_seed(0)
+        q, k = (F.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
+        inputs = [q, k, torch.randn(B, T, H, V), -torch.rand(B, T, H), torch.rand(B, T, H)]
+        shape = f"B{B} T{T} H{H} K{K} V{V}"
+
+        def ours(backend, tensors):
+            q, k, v, g, beta = tensors
+            return gated_delta_rule(q, k, v, g=g, beta=beta, backend=backend)[0]
+
+        torch.set_num_threads(1)
+        slow, fast = in_turn(
+            [
+                lambda: oracle.torch_recurrent_gated_delta_rule(*inputs, None, True),
+                lambda: ours("reference", inputs),
+            ],
+            repeats,
+        )
+        print(
+            f"forward, one core      {shape}: transformers recurrent {slow * 1e3:7.2f} ms, "
+            f"reference {fast * 1e3:6.2f} ms, ratio {slow / fast:5.1f}"
+        )
+        torch.set_num_threads(threads)
+        leaves = [x.requires_grad_() for x in inputs]
+        theirs, reference, chunked = in_turn(
+            [
+                lambda: oracle.torch_chunk_gated_delta_rule(*leaves, 64, None, True)[0].sum().backward(),
+                lambda: ours("reference", leaves).sum().backward(),
+                lambda: ours("chunked", leaves).sum().backward(),
+            ],
+            repeats,
+        )
+        best = min(reference, chunked)
+        print(
+            f"forward and backward   {shape}: transformers chunk     {theirs * 1e3:7.2f} ms, "
+            f"reference {reference * 1e3:6.2f} ms, chunked {chunked * 1e3:6.2f} ms, ratio {theirs / best:5.1f}"
+        )
+
+
+def training_step(repeats, preset="rule110-quick"):
+    """Time a whole training step beside the same model on transformers' kernel."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as oracle
+
+    def theirs(q, k, v, *, g, beta, initial_state, backend):
+        return oracle.torch_chunk_gated_delta_rule(q, k, v, g, beta, 64, initial_state, True)
+
+    experiment = experiments.get(preset)
+    peak = matmul_peak(repeats)
+    print(f"matrix product, 1024 cubed, float32: {peak / 1e9:.0f} GFLOP/s")
+    for passes in experiment.passes:
+        trainers = [Trainer(experiment, passes, 0, "cpu") for _ in range(2)]
+        for layer in trainers[1].model.layers:
+            if hasattr(layer.mixer, "rule"):
+                layer.mixer.rule = theirs
+        ours, other = in_turn([t.train_step for t in trainers], max(3, repeats // 2))
+        rate = training_flops(experiment, passes) / ours
+        print(
+            f"{preset} step, N = {passes}: ours {ours * 1e3:6.0f} ms, on transformers' kernel "
+            f"{other * 1e3:6.0f} ms, ratio {other / ours:4.1f}; {100 * rate / peak:.0f} % of the measured peak"
+        )
+
+
+def streaming(preset="rule110-quick", tokens=100_000, piece=4):
+    """Time reading after sleep, the nap itself, and count carried bytes along a long stream."""
+    experiment = experiments.get(preset)
+    task = experiment.task
+    torch.manual_seed(0)
+    model = Trainer(experiment, 1, 0, "cpu").model
+    stream = torch.randint(0, 2, (1, tokens))
+    readers = {n: Sleeper(model, window=task.window, passes=n) for n in (1, 8)}
+    wake, nap = {n: [] for n in readers}, {n: [] for n in readers}
+    for start in range(0, 600 * piece, piece):  # in turn, so that drift falls on both alike
+        for n, reader in readers.items():
+            naps, began = reader.naps, time.perf_counter()
+            reader.feed(stream[:, start : start + piece])
+            seconds = time.perf_counter() - began
+            (nap if reader.naps > naps else wake)[n].append(seconds)
+    for n, reader in readers.items():
+        awake = statistics.median(wake[n]) / piece
+        asleep = statistics.median(nap[n]) - awake * piece
+        print(
+            f"streaming, N = {n}: {awake * 1e3:.2f} ms a token awake, a nap {asleep * 1e3:.1f} ms, "
+            f"{(awake + asleep / task.window) * 1e3:.2f} ms a token with naps"
+        )
+    reader, carried = Sleeper(model, window=task.window, passes=4), {}
+    for start in range(0, tokens - tokens % task.window, 50 * task.window):
+        reader.feed(stream[:, start : start + 50 * task.window])
+        carried[reader.state.position] = reader.nbytes()
+    sizes = sorted(set(carried.values()))
+    print(f"streaming, {reader.state.position} tokens, {reader.naps} naps: carried bytes after a nap {sizes}")
+
+
+MEMORY_PROBE = """
+import resource, sys, torch, sleeplib as sl
+windows, passes, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+torch.set_num_threads(1)
+model = sl.HybridLM(sl.ModelConfig(vocab_size=4, d_model=64, pattern="agag"))
+def step(windows, passes):
+    inputs = torch.randint(0, 4, (256, 24 * (windows + 1)))
+    labels = torch.full_like(inputs, -100)
+    labels[:, -1] = 1
+    options = dict(window=24, passes=passes, checkpoint=checkpoint, return_logits=False)
+    sl.sleep_forward(model, inputs, labels, **options).loss.backward()
+step(1, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(windows, passes)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def memory():
+    """Peak memory of one training step over that of a one-window step, each in a fresh process (Linux)."""
+    print("memory of a training step above that of one window, one pass, MiB (batch 256, L = 24, width 64)")
+    print("windows  N   plain   checkpointed over windows")
+    for windows, passes in ((4, 1), (16, 1), (4, 4), (16, 4)):
+        row = []
+        for checkpoint in (False, True):
+            command = [sys.executable, "-c", MEMORY_PROBE, str(windows), str(passes), str(checkpoint)]
+            row.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        print(f"{windows:7} {passes:2} {row[0]:7} {row[1]:7}")
+
+
+def gpu(repeats, preset="rule110-small"):
+    """On CUDA: tokens per second of a training step, eager and as one CUDA graph."""
+    name = torch.cuda.get_device_name()
+    peaks = {d: matmul_peak(repeats, "cuda", d, 8192) for d in (torch.float32, torch.bfloat16)}
+    print(
+        f"{name}: matrix product 8192 cubed: "
+        + ", ".join(f"{d} {p / 1e12:.0f} TFLOP/s" for d, p in peaks.items())
+    )
+    for passes in (1, 2, 4):
+        for graph in ("false", "true"):
+            experiment = experiments.get(preset).replace({"train.graph": graph})
+            trainer = Trainer(experiment, passes, 0, "cuda")
+            batch = training_batch(experiment.task, experiment.train, 0, 0)
+            for _ in range(3):
+                trainer.forward_backward(batch)
+            seconds = in_turn([trainer.train_step], repeats)[0]
+            tokens = experiment.train.batch * experiment.task.length / seconds
+            share = training_flops(experiment, passes) / seconds / peaks[torch.float32]
+            print(
+                f"{preset} step, N = {passes}, graph {graph}: {seconds * 1e3:.1f} ms, {tokens / 1e6:.2f} M tokens/s, "
+                f"{100 * share:.1f} % of the float32 peak"
+            )
+
+
+def main(repeats=9):
+    """Run every part and print it."""
+    print(records.processor())
+    if torch.cuda.is_available():
+        gpu(repeats)
+    kernels(repeats)
+    training_step(repeats)
+    streaming()
+    memory()
