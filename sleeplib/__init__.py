@@ -8,8 +8,9 @@ from . import experiments, tasks
 from .kernels import gated_delta_rule, gated_hebbian_rule
 from .model import HybridLM, LMState, ModelConfig
 from .records import load_records
+from .runs import run
 from .sleep import Sleeper, evict, sleep, sleep_forward
-from .training import Trainer, evaluate, run
+from .training import Trainer, evaluate
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from . import experiments, records, tasks, training
+from . import experiments, records, runs, tasks
 
 
 def list_presets(args):
@@ -43,7 +43,7 @@ def run(args):
     if settings and args.out is None:
         raise ValueError("--set changes the preset: give --out, so that the preset's own records stay apart")
     experiment = experiments.get(args.preset).replace(settings)
-    record = training.run(
+    record = runs.run(
         experiment,
         args.passes,
         args.seed,

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,37 +52,36 @@ def kernels(repeats):
         inputs = [q, k, torch.randn(B, T, H, V), -torch.rand(B, T, H), torch.rand(B, T, H)]
         shape = f"B{B} T{T} H{H} K{K} V{V}"
 
-        def ours(backend, tensors):
+        def ours(backend, tensors=inputs):
             q, k, v, g, beta = tensors
             return gated_delta_rule(q, k, v, g=g, beta=beta, backend=backend)[0]
 
+        def recurrent(tensors=inputs):
+            return oracle.torch_recurrent_gated_delta_rule(*tensors, None, True)[0]
+
+        def chunk(tensors=inputs):
+            return oracle.torch_chunk_gated_delta_rule(*tensors, 64, None, True)[0]
+
         torch.set_num_threads(1)
-        slow, fast = in_turn(
-            [
-                lambda: oracle.torch_recurrent_gated_delta_rule(*inputs, None, True),
-                lambda: ours("reference", inputs),
-            ],
-            repeats,
-        )
+        slow, fast = in_turn([recurrent, partial(ours, "reference")], repeats)
         print(
-            f"forward, one core      {shape}: transformers recurrent {slow * 1e3:7.2f} ms, "
-            f"reference {fast * 1e3:6.2f} ms, ratio {slow / fast:5.1f}"
+            f"forward, one core     {shape}: transformers recurrent {slow * 1e3:7.2f} ms, "
+            f"reference {fast * 1e3:6.2f} ms, ratio {slow / fast:.1f}"
         )
         torch.set_num_threads(threads)
-        leaves = [x.requires_grad_() for x in inputs]
-        theirs, reference, chunked = in_turn(
-            [
-                lambda: oracle.torch_chunk_gated_delta_rule(*leaves, 64, None, True)[0].sum().backward(),
-                lambda: ours("reference", leaves).sum().backward(),
-                lambda: ours("chunked", leaves).sum().backward(),
-            ],
-            repeats,
-        )
-        best = min(reference, chunked)
+        for x in inputs:
+            x.requires_grad_()
+        both = [chunk, partial(ours, "reference"), partial(ours, "chunked")]
+        theirs, reference, chunked = in_turn([partial(_forward_backward, f) for f in both], repeats)
         print(
-            f"forward and backward   {shape}: transformers chunk     {theirs * 1e3:7.2f} ms, "
-            f"reference {reference * 1e3:6.2f} ms, chunked {chunked * 1e3:6.2f} ms, ratio {theirs / best:5.1f}"
+            f"forward and backward  {shape}: transformers chunk {theirs * 1e3:7.2f} ms, reference "
+            f"{reference * 1e3:6.2f} ms, chunked {chunked * 1e3:6.2f} ms, ratio "
+            f"{theirs / min(reference, chunked):.1f}"
         )
+
+
+def _forward_backward(function):
+    function().sum().backward()
 
 
 def training_step(repeats, preset="rule110-quick"):
@@ -103,7 +103,7 @@ def training_step(repeats, preset="rule110-quick"):
         rate = training_flops(experiment, passes) / ours
         print(
             f"{preset} step, N = {passes}: ours {ours * 1e3:6.0f} ms, on transformers' kernel "
-            f"{other * 1e3:6.0f} ms, ratio {other / ours:4.1f}; {100 * rate / peak:.0f} % of the measured peak"
+            f"{other * 1e3:6.0f} ms, ratio {other / ours:.1f}; {100 * rate / peak:.0f} % of the measured peak"
         )
 
 
@@ -122,7 +122,7 @@ def streaming(preset="rule110-quick", tokens=100_000, piece=4):
             reader.feed(stream[:, start : start + piece])
             seconds = time.perf_counter() - began
             (nap if reader.naps > naps else wake)[n].append(seconds)
-    for n, reader in readers.items():
+    for n in readers:
         awake = statistics.median(wake[n]) / piece
         asleep = statistics.median(nap[n]) - awake * piece
         print(
@@ -186,8 +186,8 @@ def gpu(repeats, preset="rule110-small"):
             tokens = experiment.train.batch * experiment.task.length / seconds
             share = training_flops(experiment, passes) / seconds / peaks[torch.float32]
             print(
-                f"{preset} step, N = {passes}, graph {graph}: {seconds * 1e3:.1f} ms, {tokens / 1e6:.2f} M tokens/s, "
-                f"{100 * share:.1f} % of the float32 peak"
+                f"{preset} step, N = {passes}, graph {graph}: {seconds * 1e3:.1f} ms, "
+                f"{tokens / 1e6:.2f} M tokens/s, {100 * share:.1f} % of the float32 peak"
             )
 
 

@@ -207,7 +207,7 @@ def _rule110_presets():
         train=dataclasses.replace(paper.train, steps=1600, eval_every=50, save_every=200),
         passes=(1, 2, 4),
         seeds=(0, 1, 2),
-        about="the paper's model and rings at t = 12, 80 million tokens; minutes on one GPU; smaller than the paper's",
+        about="the paper's model and rings at t = 12, 80 M tokens; one GPU; smaller than the paper's",
     )
 
 

@@ -81,7 +81,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
-                f"d_model must be a multiple of 2 * num_heads (rotary pairs); got {self.d_model} and {self.num_heads}"
+                f"d_model must be a multiple of 2 * num_heads = {2 * self.num_heads}; got {self.d_model}"
             )
         key = self.key_size or self.d_model // self.num_heads
         object.__setattr__(self, "key_size", key)
@@ -91,7 +91,7 @@ class ModelConfig:
             loop = tuple(self.loop)
             if len(loop) != 2 or not 0 <= loop[0] <= loop[1] < len(self.pattern):
                 raise ValueError(
-                    f"loop must be (first, last) with 0 <= first <= last < {len(self.pattern)}; got {self.loop!r}"
+                    f"loop must be (first, last), 0 <= first <= last < {len(self.pattern)}; got {self.loop!r}"
                 )
             object.__setattr__(self, "loop", loop)
 
@@ -220,8 +220,8 @@ class HybridLM(nn.Module):
     def run(self, h, state, fast_weights, span, window=None):
         """Run blocks ``span`` once over h (B, T, D).
 
-        The caches and the position are those of `state`, the fast weights those given: a repeated pass sees the
-        same past again, but with what the pass before has written.
+        The caches and the position are those of `state`, the fast weights those given: a repeated pass sees
+        the same past again, but with what the pass before has written.
 
         Returns
         -------

@@ -15,7 +15,7 @@ KEYS = (
 
 
 def data_dir():
-    """Folder of the shipped data: the repository's ``data/`` in a checkout, else the installed package's copy.
+    """Folder of the shipped data: the repository's ``data/`` in a checkout, else the package's copy.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def versions():
 
 
 def commit():
-    """The commit that sleeplib runs from and whether tracked files differ from it; (None, None) without git."""
+    """The commit that sleeplib runs from and whether its files differ from it; (None, None) without git."""
 
     def git(*args):
         command = ["git", "-C", str(Path(__file__).parent), *args]

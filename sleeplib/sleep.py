@@ -30,8 +30,8 @@ def evict(state, eviction="hard", window=None):
 
     Notes
     -----
-    Sections 3 and 6.4 of the paper.  That hard eviction clears the convolution context too is our reading: the
-    context holds tokens, not fast weights.
+    Sections 3 and 6.4 of the paper.  That hard eviction clears the convolution context too is our reading:
+    the context holds tokens, not fast weights.
 
     Chapter: 08_sleep
     """
@@ -129,8 +129,8 @@ def awake_chunks(labels, window):
     if (labelled != awake).any():
         chunk = int((labelled != awake).any(dim=0).nonzero()[0])
         raise ValueError(
-            f"labels: rows disagree in chunk {chunk} (tokens {chunk * window} ..): all rows of a batch must be "
-            "asked something there, or none"
+            f"labels: rows disagree in chunk {chunk} (tokens {chunk * window} ..): "
+            "all rows of a batch must be asked something there, or none"
         )
     return tuple(awake.tolist())
 
@@ -156,8 +156,8 @@ def sleep_forward(
     inputs : torch.Tensor of int64, shape (B, T)
         Tokens.
     labels : torch.Tensor of int64, shape (B, T)
-        The answer wanted at each position, -100 where nothing is asked.  May stay on the CPU: which chunks are
-        awake is then known without waiting for a GPU.
+        The answer wanted at each position, -100 where nothing is asked.  May stay on the CPU: which chunks
+        are awake is then known without waiting for a GPU.
     window : int
         L, tokens in a chunk.
     passes : int
@@ -176,8 +176,8 @@ def sleep_forward(
     Returns
     -------
     SleepOutput
-        After a chunk that was slept on or has labels the cache is evicted.  A trailing chunk without labels that
-        is shorter than the window is read in one pass and keeps its cache: its window is still open.
+        After a chunk that was slept on or has labels the cache is evicted.  A trailing chunk without labels
+        that is shorter than the window is read in one pass and keeps its cache: its window is still open.
 
     Raises
     ------
@@ -237,9 +237,9 @@ def sleep_forward(
 class Sleeper:
     """A model that reads a stream and takes a nap whenever its window is full.
 
-    The awake pass that answers each token is also the first pass of the nap to come: the sleeper keeps what the
-    looped blocks made of the window, and a nap adds passes 2 .. N.  Reading after a nap costs the same for
-    every N.
+    The awake pass that answers each token is also the first pass of the nap to come: the sleeper keeps what
+    the looped blocks made of the window, and a nap adds passes 2 .. N.  Reading after a nap costs the same
+    for every N.
 
     Parameters
     ----------

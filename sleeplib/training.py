@@ -1,7 +1,6 @@
-"""The one visible training loop: Muon and AdamW, the same data for every N, checkpoints that resume to the bit."""
+"""The one visible training loop: Muon and AdamW, the same data for every N, resumable to the bit."""
 
 import hashlib
-import json
 import math
 import resource
 import sys
@@ -10,11 +9,8 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from tqdm import tqdm
 
-from . import records
 from .model import HybridLM
 from .sleep import awake_chunks, sleep_forward
 
@@ -70,8 +66,8 @@ def schedule(step, train):
 def training_flops(experiment, passes):
     """Floating-point operations of one training step: three times the products of a forward pass.
 
-    A token costs two operations a matrix entry and pass; attention adds its scores and sums, a fast weight its
-    read, its write and its output.  Norms, gates and convolutions are left out.
+    A token costs two operations a matrix entry and pass; attention adds its scores and sums, a fast weight
+    its read, its write and its output.  Norms, gates and convolutions are left out.
 
     Parameters
     ----------
@@ -149,6 +145,59 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
         )
         logits.append(out.logits.float().cpu())
     return task.score(torch.cat(logits), batch)
+
+
+def data_hash(*batches):
+    """Sixteen hex digits of the tokens and labels of some batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for x in (batch.inputs, batch.labels):
+            digest.update(x.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+class CapturedStep:
+    """Forward and backward of a training step, captured once as a CUDA graph and then replayed.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    batch : Batch
+        Gives the shapes.
+
+    Notes
+    -----
+    Nothing in a step depends on values read back from the GPU: which chunks are awake is known beforehand.
+    The optimizers stay outside the graph, where their learning rates may change.
+
+    Chapter: 11_rule110
+    """
+
+    def __init__(self, trainer, batch):
+        self.inputs = batch.inputs.to(trainer.device)
+        self.labels = batch.labels.to(trainer.device)
+        parameters = list(trainer.model.parameters())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm up outside the graph: caches, cuBLAS handles, rotary tables
+            for _ in range(3):
+                for p in parameters:
+                    p.grad = None
+                trainer.loss(self.inputs, self.labels).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        for p in parameters:
+            p.grad = None
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = trainer.loss(self.inputs, self.labels)
+            self.loss.backward()
+        self.loss = self.loss.detach()
+
+    def __call__(self, batch):
+        self.inputs.copy_(batch.inputs.pin_memory(), non_blocking=True)
+        self.labels.copy_(batch.labels.pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()
 
 
 class Trainer:
@@ -259,11 +308,11 @@ class Trainer:
             }
         )
 
-    def run(self, stop_after=None, checkpoint=None, progress=True):
+    def run(self, stop_after=None, save=None, progress=True):
         """Train to the end, or for `stop_after` steps more; return "done" or what stopped it.
 
-        Ctrl-C stops after the step in hand.  `checkpoint` is a file that is written every ``save_every`` steps and
-        at the end of the call.
+        Ctrl-C stops after the step in hand.  `save` is called without arguments every ``save_every`` steps
+        and at the end of the call.
         """
         train = self.experiment.train
         end = train.steps if stop_after is None else min(train.steps, self.step + stop_after)
@@ -281,9 +330,9 @@ class Trainer:
                         exact=f"{self.curve[-1]['metrics']['exact']:.3f}",
                     )
                 bar.update()
-                if checkpoint and self.step % train.save_every == 0 and self.step < end:
+                if save and self.step % train.save_every == 0 and self.step < end:
                     began = self._clock(began)
-                    self.save(checkpoint)
+                    save()
         except KeyboardInterrupt:
             status = f"interrupted after step {self.step}"
         except FloatingPointError as error:
@@ -291,8 +340,8 @@ class Trainer:
         finally:
             bar.close()
         self._clock(began)
-        if checkpoint and not (status or "").startswith("failed"):
-            self.save(checkpoint)
+        if save and not (status or "").startswith("failed"):
+            save()
         return status or ("done" if self.step == train.steps else f"stopped after step {self.step}")
 
     def _clock(self, began):
@@ -307,52 +356,6 @@ class Trainer:
         self.peak_bytes = max(self.peak_bytes, peak)
         return now
 
-    def save(self, path):
-        """Write everything a later call needs to go on to the bit: one safetensors file, no pickle."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
-        tensors["losses"] = self.losses
-        notes = dict(
-            run=self.identity(),
-            step=self.step,
-            curve=self.curve,
-            seconds=self.seconds,
-            peak_bytes=self.peak_bytes,
-        )
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        records.write_atomically(path, save(tensors, metadata={"sleeplib": json.dumps(notes)}))
-
-    def load(self, path):
-        """Go on where :meth:`save` stopped.
-
-        Raises
-        ------
-        ValueError
-            If the file is damaged or belongs to another run.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads((file.metadata() or {})["sleeplib"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run ({error})") from error
-        if notes["run"] != self.identity():
-            odd = [k for k, v in self.identity().items() if notes["run"].get(k) != v]
-            raise ValueError(f"checkpoint: {path} belongs to another run (differs in {', '.join(odd)})")
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        for number, optimizer in enumerate(self.optimizers):
-            state = {}
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer.{number}."):
-                    _, _, index, slot = key.split(".")
-                    state.setdefault(int(index), {})[slot] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.losses = tensors["losses"].to(self.device)
-        self.step, self.curve = notes["step"], notes["curve"]
-        self.seconds, self.peak_bytes = notes["seconds"], notes["peak_bytes"]
-
     def identity(self):
         """What must be the same for a checkpoint to fit."""
         return dict(
@@ -362,145 +365,3 @@ class Trainer:
             config_hash=self.experiment.config_hash(),
             data_hash=self.data_hash,
         )
-
-    def record(self, status, command):
-        """The run record of what has been done so far."""
-        experiment, train = self.experiment, self.experiment.train
-        commit, dirty = records.commit()
-        final = {}
-        if not status.startswith("failed"):
-            test = held_out(experiment.task, 8 * train.eval_batch, self.seed)
-            final = evaluate(self.model, experiment.task, test, passes=self.passes, eviction=train.eviction)
-        cuda = self.device.type == "cuda"
-        return dict(
-            preset=experiment.name,
-            passes=self.passes,
-            seed=self.seed,
-            config=experiment.config(),
-            config_hash=experiment.config_hash(),
-            command=command,
-            commit=commit,
-            dirty=dirty,
-            data_hash=self.data_hash,
-            versions=records.versions(),
-            device=torch.cuda.get_device_name(self.device) if cuda else records.processor(),
-            dtype=train.precision,
-            seconds=round(self.seconds, 2),
-            peak_bytes=self.peak_bytes,
-            tokens=self.step * train.batch * experiment.task.length,
-            curve=self.curve,
-            chance=experiment.task.chance(),
-            final=final,
-            status=status,
-        )
-
-
-def data_hash(*batches):
-    """Sixteen hex digits of the tokens and labels of some batches."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for x in (batch.inputs, batch.labels):
-            digest.update(x.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
-
-
-class CapturedStep:
-    """Forward and backward of a training step, captured once as a CUDA graph and then replayed.
-
-    Parameters
-    ----------
-    trainer : Trainer
-    batch : Batch
-        Gives the shapes.
-
-    Notes
-    -----
-    Nothing in a step depends on values read back from the GPU: which chunks are awake is known beforehand.
-    The optimizers stay outside the graph, where their learning rates may change.
-
-    Chapter: 11_rule110
-    """
-
-    def __init__(self, trainer, batch):
-        self.inputs = batch.inputs.to(trainer.device)
-        self.labels = batch.labels.to(trainer.device)
-        parameters = list(trainer.model.parameters())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # warm up outside the graph: caches, cuBLAS handles, rotary tables
-            for _ in range(3):
-                for p in parameters:
-                    p.grad = None
-                trainer.loss(self.inputs, self.labels).backward()
-        torch.cuda.current_stream().wait_stream(side)
-        for p in parameters:
-            p.grad = None
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = trainer.loss(self.inputs, self.labels)
-            self.loss.backward()
-        self.loss = self.loss.detach()
-
-    def __call__(self, batch):
-        self.inputs.copy_(batch.inputs.pin_memory(), non_blocking=True)
-        self.labels.copy_(batch.labels.pin_memory(), non_blocking=True)
-        self.graph.replay()
-        return self.loss.clone()
-
-
-def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, stop_after=None, progress=True):
-    """Train one preset with one N and one seed, and write its record.
-
-    Parameters
-    ----------
-    experiment : Experiment
-    passes : int
-        N.
-    seed : int
-    device : str
-        "auto", "cpu" or "cuda".
-    out : path_like, optional
-        Folder of the records, ``data/results`` if absent.
-    resume : bool
-        Go on from the run's checkpoint, if there is one.
-    stop_after : int, optional
-        Stop after that many steps more; the checkpoint stays for the next call.
-    progress : bool
-        Show a progress bar on a terminal.
-
-    Returns
-    -------
-    dict
-        The record, also after Ctrl-C; its ``status`` says what happened.
-
-    Raises
-    ------
-    ValueError
-        If an argument does not fit, a checkpoint is damaged or foreign, or a finished record of another
-        configuration stands in the way.
-
-    Notes
-    -----
-    Chapter: 11_rule110
-    """
-    for name, value, low in (("passes", passes, 1), ("seed", seed, 0), ("stop_after", stop_after, 1)):
-        if value is None and name == "stop_after":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be an int of at least {low}; got {value!r}")
-    path = records.record_path(experiment.name, passes, seed, out)
-    if path.exists() and (old := records.load_record(path))["config_hash"] != experiment.config_hash():
-        raise ValueError(
-            f"out: {path} is the record of another configuration ({old['config_hash']}); choose another out"
-        )
-    checkpoint = path.with_suffix(".safetensors")
-    trainer = Trainer(experiment, passes, seed, device)
-    if resume and checkpoint.exists():
-        trainer.load(checkpoint)
-    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed}"
-    status = trainer.run(stop_after=stop_after, checkpoint=checkpoint, progress=progress)
-    record = trainer.record(status, command)
-    records.save_record(record, out)
-    if status == "done":
-        checkpoint.unlink(missing_ok=True)
-    return record

@@ -28,8 +28,8 @@ def _in_split(rows, width, split):
 class Rule110:
     """The automaton task of section 6.1.
 
-    A ring of `width` cells is one token a cell.  After `strings` rings the model is asked for the first cell of
-    each after `steps` steps, teacher-forced.  With two rings of four cells and one step::
+    A ring of `width` cells is one token a cell.  After `strings` rings the model is asked for the first cell
+    of each after `steps` steps, teacher-forced.  With two rings of four cells and one step::
 
         position   0 1 2 3   4 5 6 7   8         9
         input      0 1 1 0   1 0 0 1   <answer>  1        0 1 1 0 becomes 1 1 1 0
@@ -46,8 +46,8 @@ class Rule110:
 
     Notes
     -----
-    Rings are split by a hash of their cells: one in eight is never seen in training.  Rings of fewer than eight
-    cells are too few to split; there both splits draw from all.
+    Rings are split by a hash of their cells: one in eight is never seen in training.  Rings of fewer than
+    eight cells are too few to split; there both splits draw from all.
 
     Chapter: 11_rule110
     """
