@@ -7,9 +7,9 @@ The convention.  In a chapter's source an exercise is four code cells, told apar
     exercise-solution  def NAME_solution(...): the same, done; then report(check_NAME, NAME_solution)
     exercise-mistake   def NAME_mistake(...): what one may well write; then report(check_NAME, NAME_mistake)
 
-``report`` prints "right" or "not yet: ...", so that a notebook runs through with its stubs empty.  Solution and
-mistake lie in one gated directive, ``{solution-start}`` with the class ``dropdown``.  What a check needs is defined in
-cells tagged ``exercise-setup``: these alone are executed here.
+``report`` prints "right" or "not yet: ...", so that a notebook runs through with its stubs empty.
+Solution and mistake lie in one gated directive, ``{solution-start}`` with the class ``dropdown``. What a
+check needs is defined in cells tagged ``exercise-setup``: these alone are executed here.
 """
 
 import ast
