@@ -288,7 +288,7 @@ class Sleeper:
             if self.state.position - self._boundary.position == self.window:
                 self._nap()
         logits = torch.cat(logits, dim=1)
-        self._last = logits[:, -1]
+        self._last = logits[:, -1].clone()  # a view would keep all of them alive
         return logits
 
     def generate(self, count):
