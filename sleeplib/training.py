@@ -3,9 +3,11 @@
 import hashlib
 import math
 import resource
+import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -200,6 +202,26 @@ class CapturedStep:
         return self.loss.clone()
 
 
+@contextmanager
+def ctrl_c_noted():
+    """Note the first Ctrl-C in the list that is yielded, so no step is cut in two; a second one raises."""
+    pressed = []
+
+    def note(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread only
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Trainer:
     """A run that can stop after any step and go on later as if it had not.
 
@@ -311,8 +333,8 @@ class Trainer:
     def run(self, stop_after=None, save=None, progress=True):
         """Train to the end, or for `stop_after` steps more; return "done" or what stopped it.
 
-        Ctrl-C stops after the step in hand.  `save` is called without arguments every ``save_every`` steps
-        and at the end of the call.
+        Ctrl-C stops after the step in hand, a second one at once and without a checkpoint.  `save` is called
+        without arguments every ``save_every`` steps and at the end of the call.
         """
         train = self.experiment.train
         end = train.steps if stop_after is None else min(train.steps, self.step + stop_after)
@@ -320,28 +342,33 @@ class Trainer:
         bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=None if progress else True)
         began = time.perf_counter()
         status = None
-        try:
-            while self.step < end:
-                self.train_step()
-                if self.step % train.eval_every == 0 or self.step == train.steps:
-                    self.measure()
-                    bar.set_postfix(
-                        loss=f"{self.curve[-1]['loss']:.3f}",
-                        exact=f"{self.curve[-1]['metrics']['exact']:.3f}",
-                    )
-                bar.update()
-                if save and self.step % train.save_every == 0 and self.step < end:
-                    began = self._clock(began)
-                    save()
-        except KeyboardInterrupt:
-            status = f"interrupted after step {self.step}"
-        except FloatingPointError as error:
-            status = f"failed: {error}"
-        finally:
-            bar.close()
-        self._clock(began)
-        if save and not (status or "").startswith("failed"):
-            save()
+        with ctrl_c_noted() as pressed:
+            try:
+                while self.step < end and not pressed:
+                    self.train_step()
+                    if self.step % train.eval_every == 0 or self.step == train.steps:
+                        self.measure()
+                        bar.set_postfix(
+                            loss=f"{self.curve[-1]['loss']:.3f}",
+                            exact=f"{self.curve[-1]['metrics']['exact']:.3f}",
+                        )
+                    bar.update()
+                    if save and self.step % train.save_every == 0 and self.step < end:
+                        began = self._clock(began)
+                        save()
+                if pressed and self.step < train.steps:
+                    status = f"interrupted after step {self.step}"
+            except FloatingPointError as error:
+                status = f"failed: {error}"
+            except ValueError:  # a NaN weight first shows as a NaN decay, which the kernels refuse on the CPU
+                if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+                    raise
+                status = f"failed: weights are not finite near step {self.step}"
+            finally:
+                bar.close()
+            self._clock(began)
+            if save and not (status or "").startswith("failed"):
+                save()
         return status or ("done" if self.step == train.steps else f"stopped after step {self.step}")
 
     def _clock(self, began):

@@ -1,0 +1,5 @@
+"""Threads that wait do not spin: tests share their cores, and a spinning thread keeps others from working."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch and Numba load their OpenMP
