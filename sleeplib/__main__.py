@@ -99,10 +99,12 @@ def reproduce(args):
 
 def scorecard(args):
     """Print the paper's claims beside what the records show."""
-    from .scorecard import rows
+    from .scorecard import scorecard as judge_all
 
-    for row in rows(args.out):
-        print(row)
+    for row in judge_all(args.out):
+        print(f"Figure {row['figure']}: {row['claim']}: {row['verdict'].upper()}")
+        print(f"    paper  {row['paper']}")
+        print(f"    ours   {row['ours']}  ({row['scale']}; seeds: {row['seeds']}; {row['device']})")
 
 
 def bench(args):

@@ -28,10 +28,10 @@ class Memory(NamedTuple):
     conv: torch.Tensor | None = None
 
 
-def linear(fan_in, fan_out, std=0.02):
-    """A bias-free projection with weights from N(0, std); `std` 0 makes a block start as the identity."""
+def linear(fan_in, fan_out, zero=False):
+    """A bias-free projection that keeps the size of its input; with `zero` a block starts as the identity."""
     layer = nn.Linear(fan_in, fan_out, bias=False)
-    nn.init.normal_(layer.weight, std=std) if std else nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.weight) if zero else nn.init.normal_(layer.weight, std=fan_in**-0.5)
     return layer
 
 
@@ -60,6 +60,7 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table first made in inference mode must serve training too
 def _angles(length, size, base, dtype, device):
     """cos and signed sin of the rotary angles of positions 0 .. length - 1, each (length, 1, size)."""
     rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.rope_base = num_heads, rope_base
         self.q, self.k, self.v = (linear(d_model, d_model) for _ in range(3))
-        self.o = linear(d_model, d_model, std=0)
+        self.o = linear(d_model, d_model, zero=True)
 
     def forward(self, x, memory, window=None):
         """Map x (B, T, D) to y (B, T, D); a query sees its newest `window` keys, itself included."""
@@ -236,7 +237,7 @@ class GatedDeltaNet(nn.Module):
         dt = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.norm = RMSNorm(V, eps=1e-5)
-        self.o = linear(H * V, d_model, std=0)
+        self.o = linear(H * V, d_model, zero=True)
 
     def forward(self, x, memory, window=None):
         """Map x (B, T, D) to y (B, T, D), reading and writing the fast weight of `memory`."""
@@ -274,7 +275,7 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model, hidden):
         super().__init__()
         self.gate, self.up = linear(d_model, hidden), linear(d_model, hidden)
-        self.down = linear(hidden, d_model, std=0)
+        self.down = linear(hidden, d_model, zero=True)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -88,8 +88,9 @@ class ModelConfig:
         object.__setattr__(self, "value_size", self.value_size or 2 * key)
         object.__setattr__(self, "mlp_size", self.mlp_size or -(-8 * self.d_model // 48) * 16)
         if self.loop is not None:
-            loop = tuple(self.loop)
-            if len(loop) != 2 or not 0 <= loop[0] <= loop[1] < len(self.pattern):
+            loop = tuple(self.loop) if isinstance(self.loop, (tuple, list)) else ()
+            whole = len(loop) == 2 and all(type(i) is int for i in loop)
+            if not whole or not 0 <= loop[0] <= loop[1] < len(self.pattern):
                 raise ValueError(
                     f"loop must be (first, last), 0 <= first <= last < {len(self.pattern)}; got {self.loop!r}"
                 )
@@ -166,8 +167,8 @@ class HybridLM(nn.Module):
 
     Notes
     -----
-    The projections start at N(0, 0.02), the output projection of every mixer and feed-forward layer at zero
-    (a block starts as the identity, so N passes start as one), embeddings at N(0, 1).
+    Projections start at N(0, 1 / fan_in) in variance, the output projection of every mixer and feed-forward
+    layer at zero (a block starts as the identity, so N passes start as one), embeddings at N(0, 1).
 
     Chapter: 08_sleep
     """
@@ -318,7 +319,7 @@ class HybridLM(nn.Module):
         dtype = next(iter(weights.values())).dtype if weights else torch.float32
         try:
             model.to(dtype).load_state_dict(weights)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ValueError(f"folder: {weights_file} does not fit {config_file}: {error}") from error
         return model
 

@@ -58,10 +58,9 @@ def load_checkpoint(trainer, path):
     trainer.seconds, trainer.peak_bytes = notes["seconds"], notes["peak_bytes"]
 
 
-def make_record(trainer, status, command):
+def make_record(trainer, status, command, commit, dirty):
     """The run record of what has been done so far."""
     experiment, train = trainer.experiment, trainer.experiment.train
-    commit, dirty = records.commit()
     final = {}
     if not status.startswith("failed"):
         test = held_out(experiment.task, 8 * train.eval_batch, trainer.seed)
@@ -136,12 +135,13 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, st
             f"out: {path} is the record of another configuration ({old['config_hash']}); choose another out"
         )
     checkpoint = path.with_suffix(".safetensors")
+    commit = records.commit()  # of the code that runs, not of what is edited meanwhile
     trainer = Trainer(experiment, passes, seed, device)
     if resume and checkpoint.exists():
         load_checkpoint(trainer, checkpoint)
     command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed}"
     status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
-    record = make_record(trainer, status, command)
+    record = make_record(trainer, status, command, *commit)
     records.save_record(record, out)
     if status == "done":
         checkpoint.unlink(missing_ok=True)

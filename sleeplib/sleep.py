@@ -124,6 +124,8 @@ def awake_chunks(labels, window):
     -----
     Chapter: 08_sleep
     """
+    if labels.ndim != 2:
+        raise ValueError(f"labels must have shape (B, T); got {tuple(labels.shape)}")
     labelled = torch.stack([(c != IGNORE).any(dim=1) for c in labels.split(window, dim=1)], dim=1).cpu()
     awake = labelled.any(dim=0)
     if (labelled != awake).any():

@@ -1,0 +1,64 @@
+"""The paper's claims beside what our records show, and a verdict that follows a rule, not a mood.
+
+A claim is *reproduced* if runs at the paper's own settings show the order it states, *partly* if only smaller
+runs do, *not* if finished runs show another order, *not run* if there are no finished runs.
+"""
+
+import json
+from statistics import mean
+
+from .records import data_dir, load_records
+
+
+def judge(claim, out=None):
+    """Judge one claim by the largest preset that has finished runs to compare.
+
+    Parameters
+    ----------
+    claim : dict
+        An entry of ``data/paper/claims.json``; `presets` lists what can bear on it, the paper's own first.
+    out : path_like, optional
+        Folder of the records.
+
+    Returns
+    -------
+    dict
+        ``figure``, ``claim``, ``paper``, ``ours``, ``scale``, ``seeds``, ``device``, ``verdict``.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    row = {key: claim[key] for key in ("figure", "claim", "paper")}
+    row |= dict(ours="-", scale="-", seeds="-", device="-", verdict="not run")
+    for presets in claim["presets"]:
+        done = [r for preset in presets for r in load_records(preset, out=out) if r["status"] == "done"]
+        by_steps = claim["kind"] == "falls with task.steps"
+        groups = {}
+        for r in done:
+            x = r["config"]["task"]["steps"] if by_steps else r["passes"]
+            groups.setdefault(x, []).append(r["final"][claim["metric"]])
+        if len(groups) < 2:
+            continue
+        means = [mean(groups[x]) for x in sorted(groups)]
+        ordered = means == sorted(means, reverse=by_steps) and means[0] != means[-1]
+        full = "paper" in presets[0]
+        letter = "t" if by_steps else "N"
+        row["ours"] = ", ".join(f"{letter} = {x} {mean(groups[x]):.3f}" for x in sorted(groups))
+        row["scale"] = "the paper's" if full else f"{presets[0]}, smaller than the paper's"
+        row["seeds"] = str(min(len(scores) for scores in groups.values()))
+        row["device"] = ", ".join(sorted({r["device"] for r in done}))
+        row["verdict"] = ("reproduced" if full else "partly") if ordered else "not"
+        break
+    return row
+
+
+def scorecard(out=None):
+    """Judge every claim of ``data/paper/claims.json``: a list of the dicts of :func:`judge`.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    claims = json.loads((data_dir() / "paper" / "claims.json").read_text())
+    return [judge(claim, out) for claim in claims]
