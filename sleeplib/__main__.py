@@ -141,9 +141,17 @@ def doctor(args):
             return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message):
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: {message} (--help says more)\n")
+
+
 def parser():
     """Build the parser of the command line."""
-    top = argparse.ArgumentParser(prog="sleeplib", description="Language models that sleep.")
+    top = Parser(prog="sleeplib", description="Language models that sleep.")
     commands = top.add_subparsers(dest="command", required=True)
 
     def add(name, function):

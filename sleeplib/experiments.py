@@ -149,7 +149,7 @@ def _read(key, value, hint):
     """Read a setting's text as its field's type."""
     if isinstance(value, str) and hint is not str:
         try:
-            value = json.loads(value.lower() if value in ("True", "False", "None") else value)
+            value = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except ValueError:
             raise ValueError(f"{key}: cannot read {value!r} as {getattr(hint, '__name__', hint)}") from None
     allowed = typing.get_args(hint) or (hint,)

@@ -202,6 +202,25 @@ class CapturedStep:
         return self.loss.clone()
 
 
+def find_device(name):
+    """Look up "auto", "cpu", "cuda" or one CUDA device; raise ValueError if this machine has no such."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if (
+        device is None
+        or device.type not in ("cpu", "cuda")
+        or device.type == "cuda"
+        and not (device.index or 0) < count
+    ):
+        raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
+    return device
+
+
 @contextmanager
 def ctrl_c_noted():
     """Note the first Ctrl-C in the list that is yielded, so no step is cut in two; a second one raises."""
@@ -249,10 +268,8 @@ class Trainer:
     """
 
     def __init__(self, experiment, passes, seed, device="auto"):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.experiment, self.passes, self.seed = experiment, passes, seed
-        self.device = torch.device(device)
+        self.device = find_device(device)
         task, train = experiment.task, experiment.train
         if task.vocab_size != experiment.model.vocab_size:
             raise ValueError(

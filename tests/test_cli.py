@@ -1,0 +1,141 @@
+"""The command line: what it prints, and that bad input is one line and exit code 2."""
+
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+from test_training import TINY
+
+import sleeplib as sl
+from sleeplib import __main__ as command_line
+from sleeplib import records
+
+
+def call(capsys, *argv):
+    """Exit code, standard output, standard error."""
+    try:
+        code = command_line.main(list(argv))
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def tiny_run(tmp_path, *rest, **settings):
+    argv = ["run", "rule110-quick", "--passes", "2", "--device", "cpu", "--out", str(tmp_path), *rest]
+    for key, value in (TINY | {"train.steps": "4"} | settings).items():
+        argv += ["--set", f"{key}={value}"]
+    return argv
+
+
+def test_list_names_every_preset(capsys, tmp_path):
+    code, out, err = call(capsys, "list", "--out", str(tmp_path))
+    assert code == 0 and not err
+    assert [line.split()[0] for line in out.splitlines()] == list(sl.experiments.PRESETS)
+    assert " 0 of  9 runs recorded" in out
+
+
+def test_sample_prints_windows_and_what_is_asked(capsys):
+    code, out, _ = call(capsys, "sample", "rule110", "--seed", "3")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 6 and len(lines[0].split()) == 25
+    assert lines[4].split()[1] == "<answer>" and lines[5].split()[0] == "asked" and len(lines[5].split()) == 5
+    assert call(capsys, "sample", "rule110", "--seed", "3")[1] == out
+    assert call(capsys, "sample", "rule110", "--seed", "3", "--split", "test")[1] != out
+
+
+def test_run_writes_a_record_and_says_so(capsys, tmp_path):
+    code, out, err = call(capsys, *tiny_run(tmp_path, "--seed", "5"))
+    assert code == 0 and "rule110-quick N=2 seed=5: done; loss " in out
+    (record,) = records.load_records("rule110-quick", out=tmp_path)
+    assert record["seed"] == 5 and record["config"]["task"]["width"] == 8
+
+
+def test_run_in_pieces(capsys, tmp_path):
+    assert "stopped after step 3" in call(capsys, *tiny_run(tmp_path, "--stop-after", "3"))[1]
+    code, out, _ = call(capsys, *tiny_run(tmp_path, "--stop-after", "3", "--resume"))
+    assert code == 0 and ": done; " in out
+
+
+def test_a_failed_run_exits_with_1(capsys, tmp_path):
+    code, out, _ = call(capsys, *tiny_run(tmp_path, **{"train.adamw_lr": "Infinity"}))
+    assert code == 1 and ": failed: " in out
+
+
+@pytest.mark.parametrize(
+    "names, argv",
+    [
+        ("rule111", ["run", "rule111", "--passes", "2"]),
+        ("passes", ["run", "rule110-quick", "--passes", "0"]),
+        ("seed", ["run", "rule110-quick", "--passes", "1", "--seed", "-1"]),
+        ("stop_after", ["run", "rule110-quick", "--passes", "1", "--stop-after", "0"]),
+        ("train.stepz", ["run", "rule110-quick", "--passes", "1", "--set", "train.stepz=1"]),
+        ("train.steps", ["run", "rule110-quick", "--passes", "1", "--set", "train.steps=few"]),
+        ("KEY=VALUE", ["run", "rule110-quick", "--passes", "1", "--set", "train.steps"]),
+        ("width", ["run", "rule110-quick", "--passes", "1", "--set", "task.width=0"]),
+        ("device", ["run", "rule110-quick", "--passes", "1", "--device", "abacus"]),
+        ("device", ["run", "rule110-quick", "--passes", "1", "--device", "cuda:99"]),
+        ("--passes", ["run", "rule110-quick", "--passes", "many"]),
+        ("--passes", ["run", "rule110-quick"]),
+        ("chess", ["sample", "chess"]),
+        ("fly", ["fly"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, names, argv):
+    argv = argv + ["--out", str(tmp_path)] * (argv[0] == "run")
+    code, out, err = call(capsys, *argv)
+    assert code == 2 and not out
+    assert len(err.splitlines()) == 1 and names in err, err
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_settings_keep_away_from_the_presets_own_records(capsys):
+    argv = ["run", "rule110-quick", "--passes", "1", "--set", "train.steps=1"]
+    code, _, err = call(capsys, *argv)
+    assert code == 2 and "--out" in err
+
+
+def test_a_damaged_checkpoint_and_a_full_disk_are_one_line(capsys, tmp_path):
+    call(capsys, *tiny_run(tmp_path, "--stop-after", "2"))
+    checkpoint = tmp_path / "rule110-quick" / "N2-seed0.safetensors"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:-7])
+    code, _, err = call(capsys, *tiny_run(tmp_path, "--resume"))
+    assert code == 2 and len(err.splitlines()) == 1 and "checkpoint: " in err and "damaged" in err
+    checkpoint.write_bytes(whole)
+    with patch.object(records.os, "fsync", side_effect=OSError(28, "No space left on device")):
+        code, _, err = call(capsys, *tiny_run(tmp_path, "--resume"))
+    assert code == 2 and len(err.splitlines()) == 1 and "No space left on device" in err
+    assert checkpoint.read_bytes() == whole
+
+
+def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
+    started = []
+
+    def start(command, env):
+        started.append(
+            (int(command[command.index("--passes") + 1]), int(command[command.index("--seed") + 1]))
+        )
+        assert "--resume" in command and env["OMP_NUM_THREADS"]
+        return subprocess.CompletedProcess(command, 0)
+
+    done = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick", passes=2, seed=1, status="done")
+    done |= dict(final={"exact": 1.0}, seconds=1.0, device="abacus")
+    records.save_record(done, tmp_path)
+    records.save_record(done | dict(seed=2, status="stopped after step 3"), tmp_path)
+    with patch.object(command_line.subprocess, "run", start):
+        code, out, _ = call(capsys, "reproduce", "rule110", "--out", str(tmp_path), "--jobs", "1")
+    assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
+    assert started == [(n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
+
+
+def test_doctor_finds_this_machine_well(capsys):
+    code, out, err = call(capsys, "doctor")
+    assert code == 0 and "chunked on cpu against the reference: ok" in out and '"torch"' in out
+
+
+def test_the_module_runs():
+    command = [sys.executable, "-m", "sleeplib", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "reproduce" in done.stdout
