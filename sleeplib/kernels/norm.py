@@ -45,7 +45,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         x = x.contiguous()
         y, rate = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
-        rows, weights, out, rates = arrays(x.flatten(0, -2), weight, y.flatten(0, -2), rate)
+        flat = (-1, x.shape[-1])
+        rows, weights, out, rates = arrays(x.view(flat), weight, y.view(flat), rate)
         _forward(rows, weights, rows.dtype.type(eps), out, rates)
         ctx.save_for_backward(x, weight, rate)
         return y
@@ -56,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rate = ctx.saved_tensors
         dx = torch.empty_like(x)
         dweight = x.new_empty(-(-rate.numel() // BLOCK), x.shape[-1])
-        rows, grads, out = (z.contiguous().flatten(0, -2) for z in (x, dy, dx))
+        rows, grads, out = (z.contiguous().view(-1, x.shape[-1]) for z in (x, dy, dx))
         _backward(*arrays(rows, weight, rate, grads, out, dweight))
         return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None
 
