@@ -66,9 +66,14 @@ class TrainConfig:
     save_every: int = 200
 
     def __post_init__(self):
-        for name in ("steps", "batch", "eval_every", "eval_batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1; got {getattr(self, name)}")
+        for entry in dataclasses.fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            wanted = (int, float) if entry.type is float else entry.type
+            if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+                raise TypeError(f"train.{name} must be of type {entry.type.__name__}; got {value!r}")
+            low = 1 if name in ("steps", "batch", "eval_every", "eval_batch", "save_every") else 0
+            if wanted is not str and not value >= low:
+                raise ValueError(f"train.{name} must be at least {low}; got {value}")
         if self.eviction not in ("hard", "sliding"):
             raise ValueError(f"train.eviction must be 'hard' or 'sliding'; got {self.eviction!r}")
         if self.precision not in ("float32", "bfloat16"):

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from .kernels import BACKENDS
 from .layers import Attention, GatedDeltaNet, Memory, RMSNorm, SwiGLU, linear
 from .records import write_atomically
 
@@ -87,6 +88,10 @@ class ModelConfig:
         object.__setattr__(self, "key_size", key)
         object.__setattr__(self, "value_size", self.value_size or 2 * key)
         object.__setattr__(self, "mlp_size", self.mlp_size or -(-8 * self.d_model // 48) * 16)
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base must be above 1; got {self.rope_base!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
         if self.loop is not None:
             loop = tuple(self.loop) if isinstance(self.loop, (tuple, list)) else ()
             whole = len(loop) == 2 and all(type(i) is int for i in loop)
@@ -258,12 +263,17 @@ class HybridLM(nn.Module):
         """
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
             raise ValueError(f"passes must be an int of at least 1; got {passes!r}")
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise ValueError(f"window must be an int of at least 1 or None; got {window!r}")
         if len(state.fast_weights) != len(self.layers):
             raise ValueError(
                 f"state has {len(state.fast_weights)} blocks, the model {len(self.layers)}: not of this model"
             )
+        if h.ndim != 3 or h.shape[2] != self.config.d_model:
+            raise ValueError(f"h must have shape (B, T, {self.config.d_model}); got {tuple(h.shape)}")
+        carried = (*state.fast_weights, *(pair and pair[0] for pair in state.kv or ()), *(state.conv or ()))
+        if any(x is not None and x.shape[0] != h.shape[0] for x in carried):
+            raise ValueError(f"state is not of {h.shape[0]} rows, as the tokens are")
         first, last = self.loop
         depth = len(self.layers)
         fast, memories = list(state.fast_weights), {}

@@ -195,8 +195,13 @@ def sleep_forward(
     _check(passes, eviction, window, need_window=True)
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         raise TypeError("labels must be an int64 tensor")
+    if not isinstance(inputs, torch.Tensor):
+        raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}")
     if labels.shape != inputs.shape:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape of inputs {tuple(inputs.shape)}")
+    vocab = model.config.vocab_size
+    if labels.device.type == "cpu" and not ((labels == IGNORE) | (labels >= 0) & (labels < vocab)).all():
+        raise ValueError(f"labels must be {IGNORE} or lie in 0 .. {vocab - 1}")
     awake = awake_chunks(labels, window) if awake is None else awake
     state = model.initial_state(inputs.shape[0]) if state is None else state
     key_window = window if eviction == "sliding" else None

@@ -103,6 +103,23 @@ def test_a_bad_setting_is_refused_by_name(key, value):
         QUICK.replace({key: value})
 
 
+@pytest.mark.parametrize(
+    "error, name, value",
+    [
+        (TypeError, "steps", 1.5),
+        (TypeError, "steps", "3"),
+        (TypeError, "graph", 1),
+        (TypeError, "batch", True),
+        (ValueError, "steps", 0),
+        (ValueError, "warmup", -1),
+        (ValueError, "clip", float("nan")),
+    ],
+)
+def test_a_bad_way_to_train_is_refused(error, name, value):
+    with pytest.raises(error, match=f"train.{name} must be"):
+        dataclasses.replace(QUICK.train, **{name: value})
+
+
 def test_an_unknown_preset_is_refused_and_the_known_are_named():
     with pytest.raises(ValueError, match="preset 'rule111' is unknown; there are .*rule110-quick"):
         sl.experiments.get("rule111")

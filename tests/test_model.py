@@ -29,6 +29,8 @@ import sleeplib as sl
         (ValueError, "loop must be", dict(loop=2)),
         (ValueError, "loop must be", dict(loop=(0.0, 1.0))),
         (ValueError, "loop must be", dict(loop="01")),
+        (ValueError, "rope_base must be above 1", dict(rope_base=0.0)),
+        (ValueError, "backend must be one of", dict(backend="fast")),
     ],
 )
 def test_a_bad_config_is_refused(error, names, fields):
@@ -120,7 +122,17 @@ def test_a_loop_over_all_is_no_loop():
             "state has 1 blocks, the model 4",
             lambda m: m(sequence(3), tiny_model("g").initial_state(2)),
         ),
-        (ValueError, "state", lambda m: m(sequence(3), m.initial_state(1))),
+        (ValueError, "state is not of 2 rows", lambda m: m(sequence(3), m.initial_state(1))),
+        (
+            ValueError,
+            "state is not of 1 rows",
+            lambda m: m(sequence(3)[:1], m(sequence(3), m.initial_state(2))[1]),
+        ),
+        (
+            ValueError,
+            "h must have shape .B, T, 16.",
+            lambda m: m.blocks(torch.zeros(2, 3, 8), m.initial_state(2)),
+        ),
     ],
 )
 def test_a_bad_call_is_refused(error, names, call):

@@ -144,6 +144,9 @@ def test_a_window_is_asked_for_where_it_is_needed():
         (TypeError, "tokens must be an int64 tensor", lambda t, y: (t.float(), y)),
         (ValueError, "labels must have shape .B, T.", lambda t, y: (t[0], y[0])),
         (ValueError, "tokens must lie in", lambda t, y: (t + VOCAB, y)),
+        (TypeError, "inputs must be an int64 tensor; got list", lambda t, y: (t.tolist(), y)),
+        (ValueError, "labels must be -100 or lie in 0 .. 5", lambda t, y: (t, y.clamp(min=-1))),
+        (ValueError, "labels must be -100 or lie in", lambda t, y: (t, y + VOCAB * (y >= 0))),
     ],
 )
 def test_bad_tensors_are_refused(error, names, change):
