@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from .jit import PARALLEL, arrays
+from .jit import PARALLEL, launch
 
 
 @njit(**PARALLEL)
@@ -74,7 +74,6 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; got {window}")
     o = torch.empty(B, T, H, V, dtype=v.dtype)
-    inputs = arrays(q.cpu(), k.cpu(), v.cpu())
-    scale = inputs[0].dtype.type(K**-0.5 if scale is None else scale)
-    _attend(*inputs, scale, S if window is None else window, o.numpy())
+    scale = K**-0.5 if scale is None else float(scale)
+    launch(_attend, q.cpu(), k.cpu(), v.cpu(), scale, S if window is None else window, o)
     return o

@@ -4,7 +4,7 @@ import torch
 from numba import njit, prange
 from torch.autograd.function import once_differentiable
 
-from .jit import PARALLEL, arrays
+from .jit import PARALLEL, launch
 
 
 @njit(**PARALLEL)
@@ -39,7 +39,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight):
         y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
         x = x.contiguous()
-        _forward(*arrays(x, weight, y))
+        launch(_forward, x, weight, y)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -48,7 +48,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), x.new_empty(x.shape[0], *weight.shape)
-        _backward(*arrays(x, weight, dy, dx, dweight))
+        launch(_backward, x, weight, dy, dx, dweight)
         return dx, dweight.sum(0)
 
 

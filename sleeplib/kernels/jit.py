@@ -1,18 +1,38 @@
-"""How every Numba kernel here is compiled and how many threads it gets."""
+"""How every Numba kernel here is compiled, and how it is called."""
+
+import threading
 
 import numba
 import torch
 
+# Numba's OpenMP pool stays awake beside PyTorch's and the two fight for the cores; this one sleeps between
+# kernels.  It serves one caller at a time, hence the lock.
+if numba.config.THREADING_LAYER == "default":
+    numba.config.THREADING_LAYER = "workqueue"
+LOCK = threading.Lock()
+
 # Sums may be reordered and contracted to FMAs, which lets LLVM vectorise them; NaN and inf keep their
 # meaning.
 LOOPS = dict(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-GRAIN = 32768  # entries below which one thread does it all, as in PyTorch
 PARALLEL = LOOPS | {"parallel": True}
+GRAIN = 32768  # entries below which one thread does it all, as in PyTorch
 
 
-def arrays(*tensors):
-    """View CPU tensors as NumPy arrays, just before a kernel; give Numba as many threads as PyTorch has."""
-    # Waking a second thread costs more than a small array is worth, above all on a busy machine.
-    large = max(x.numel() for x in tensors) >= GRAIN
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if large else 1)
-    return [x.detach().contiguous().numpy() for x in tensors]
+def launch(kernel, *args):
+    """Call a kernel on CPU tensors as arrays, floats in the first one's precision, with PyTorch's threads."""
+    arrays = [x.detach().contiguous().numpy() for x in args if isinstance(x, torch.Tensor)]
+    rest = iter(arrays)
+    number = arrays[0].dtype.type
+    args = [
+        next(rest) if isinstance(x, torch.Tensor) else number(x) if isinstance(x, float) else x for x in args
+    ]
+    threads = 1
+    if max(x.size for x in arrays) >= GRAIN:
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    with LOCK:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            kernel(*args)
+        finally:
+            numba.set_num_threads(before)

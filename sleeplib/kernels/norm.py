@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from numba import njit, prange
 from torch.autograd.function import once_differentiable
 
-from .jit import PARALLEL, arrays
+from .jit import PARALLEL, launch
 
 BLOCK = 64  # rows a task; each task sums its own share of the weight's gradient, so sums are reproducible
 
@@ -46,8 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         y, rate = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
         flat = (-1, x.shape[-1])
-        rows, weights, out, rates = arrays(x.view(flat), weight, y.view(flat), rate)
-        _forward(rows, weights, rows.dtype.type(eps), out, rates)
+        launch(_forward, x.view(flat), weight, eps, y.view(flat), rate)
         ctx.save_for_backward(x, weight, rate)
         return y
 
@@ -57,8 +56,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rate = ctx.saved_tensors
         dx = torch.empty_like(x)
         dweight = x.new_empty(-(-rate.numel() // BLOCK), x.shape[-1])
-        rows, grads, out = (z.contiguous().view(-1, x.shape[-1]) for z in (x, dy, dx))
-        _backward(*arrays(rows, weight, rate, grads, out, dweight))
+        flat = (-1, x.shape[-1])
+        launch(_backward, x.view(flat), weight, rate, dy.reshape(flat), dx.view(flat), dweight)
         return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None
 
 

@@ -18,7 +18,7 @@ import torch
 from numba import njit, prange
 from torch.autograd.function import once_differentiable
 
-from .jit import PARALLEL, arrays
+from .jit import PARALLEL, launch
 
 SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
 
@@ -131,9 +131,7 @@ class _Recurrence(torch.autograd.Function):
         o, final = torch.empty_like(v, memory_format=torch.contiguous_format), S.detach().clone()
         u = v.new_empty((B, T, H, V) if kept else (0, 0, 0, 0))
         starts = v.new_empty((B, H, -(-T // SEGMENT), K, V) if kept else (0, 0, 0, 0, 0))
-        scale = v.detach().numpy().dtype.type(scale)
-        inputs = arrays(q, k, v, g, beta)
-        _forward(*inputs, scale, delta, *arrays(final, o, u, starts))
+        launch(_forward, q, k, v, g, beta, scale, delta, final, o, u, starts)
         ctx.save_for_backward(q, k, v, g, beta, u, starts)
         ctx.scale, ctx.delta = scale, delta
         return o, final
@@ -144,12 +142,10 @@ class _Recurrence(torch.autograd.Function):
         q, k, v, g, beta, u, starts = ctx.saved_tensors
         dS = dS.contiguous().clone()
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
-        _backward(
-            *arrays(q, k, v, g, beta), ctx.scale, ctx.delta, *arrays(u, starts, do, dS), *arrays(*grads)
-        )
+        launch(_backward, q, k, v, g, beta, ctx.scale, ctx.delta, u, starts, do, dS, *grads)
         return *grads, dS, None, None
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta):
     """Run the recurrence on the CPU: o (B, T, H, V) and the last state (B, H, K, V), both differentiable."""
-    return _Recurrence.apply(q, k, v, g, beta, S, scale, delta)
+    return _Recurrence.apply(q, k, v, g, beta, S, float(scale), delta)
