@@ -66,25 +66,23 @@ def summary(record):
 
 
 def reproduce(args):
-    """Run every N and seed of a task's preset that has no finished record yet, `jobs` at a time."""
-    experiment = experiments.get(f"{args.task}-{args.scale}")
-    seeds = experiment.seeds if args.seeds is None else args.seeds
+    """Run every N and seed of a task's presets that has no finished record yet, `jobs` at a time."""
+    name = f"{args.task}-{args.scale}"
+    chosen = [e for n, e in experiments.PRESETS.items() if n == name or n.startswith(f"{name}-")]
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     # Separate processes with one thread each waste less than threads that wait for one another.
     threads = str(max(1, os.cpu_count() // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
-    waiting = [(n, seed) for seed in seeds for n in sorted(experiment.passes, reverse=True)]
-    finished = {
-        (r["passes"], r["seed"])
-        for r in records.load_records(experiment.name, out=args.out)
-        if r["status"] == "done"
-    }
-    waiting = [pair for pair in waiting if args.again or pair not in finished]
     commands = []
-    for n, seed in waiting:
-        command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]
-        command += ["--passes", str(n), "--seed", str(seed)] + (["--out", str(args.out)] if args.out else [])
-        commands.append(command)
+    for experiment in chosen:
+        found = records.load_records(experiment.name, out=args.out)
+        finished = {(r["passes"], r["seed"]) for r in found if r["status"] == "done"}
+        for seed in experiment.seeds if args.seeds is None else args.seeds:
+            for n in sorted(experiment.passes, reverse=True):
+                if (n, seed) not in finished or args.again:
+                    command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]
+                    command += ["--passes", str(n), "--seed", str(seed)]
+                    commands.append(command + (["--out", str(args.out)] if args.out else []))
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(subprocess.run, command, env=environment) for command in commands]
         try:
@@ -92,8 +90,9 @@ def reproduce(args):
         except KeyboardInterrupt:  # the runs in hand save their checkpoints and stop by themselves
             pool.shutdown(cancel_futures=True)
             raise
-    for record in records.load_records(experiment.name, out=args.out):
-        print(summary(record))
+    for experiment in chosen:
+        for record in records.load_records(experiment.name, out=args.out):
+            print(summary(record))
     return int(any(codes))
 
 

@@ -123,6 +123,18 @@ class Experiment:
         text = json.dumps(self.config(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def changes(self):
+        """Settings that differ from the preset of this name, as ``--set`` takes them."""
+        if self.name not in PRESETS:
+            return []
+        old, new = PRESETS[self.name].config(), self.config()
+        return [
+            f"{part}.{key}={json.dumps(value) if not isinstance(value, str) else value}"
+            for part, values in new.items()
+            for key, value in values.items()
+            if value != old[part][key]
+        ]
+
     def replace(self, settings):
         """Return a copy with dotted settings changed, such as ``{"train.steps": "300"}``.
 
@@ -173,14 +185,14 @@ def _rule110_presets():
         name="rule110-quick",
         task=Rule110(width=12, strings=2, steps=6),
         model=ModelConfig(vocab_size=4, d_model=64, pattern="agag", num_heads=4, mlp_size=128),
-        train=TrainConfig(steps=800, batch=128, adamw_lr=1e-3),
+        train=TrainConfig(steps=800, batch=128, adamw_lr=1e-3, decay=160),
         about="2 rings of 12 cells, t = 6, width 64; minutes on two CPU cores; smaller than the paper's",
     )
     yield quick
     yield dataclasses.replace(
         quick,
         name="rule110-quick-long",
-        train=dataclasses.replace(quick.train, steps=2500),
+        train=dataclasses.replace(quick.train, steps=2500, decay=500),
         passes=(1,),
         seeds=(0,),
         about="rule110-quick without sleep, run on until it learns too",
@@ -209,7 +221,7 @@ def _rule110_presets():
         paper,
         name="rule110-small",
         task=dataclasses.replace(paper.task, steps=12),
-        train=dataclasses.replace(paper.train, steps=1600, eval_every=50, save_every=200),
+        train=dataclasses.replace(paper.train, steps=1600, decay=320, eval_every=50, save_every=200),
         passes=(1, 2, 4),
         seeds=(0, 1, 2),
         about="the paper's model and rings at t = 12, 80 M tokens; one GPU; smaller than the paper's",

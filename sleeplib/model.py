@@ -84,10 +84,6 @@ class ModelConfig:
             raise ValueError(
                 f"d_model must be a multiple of 2 * num_heads = {2 * self.num_heads}; got {self.d_model}"
             )
-        key = self.key_size or self.d_model // self.num_heads
-        object.__setattr__(self, "key_size", key)
-        object.__setattr__(self, "value_size", self.value_size or 2 * key)
-        object.__setattr__(self, "mlp_size", self.mlp_size or -(-8 * self.d_model // 48) * 16)
         if not self.rope_base > 1:
             raise ValueError(f"rope_base must be above 1; got {self.rope_base!r}")
         if self.backend not in BACKENDS:
@@ -100,6 +96,21 @@ class ModelConfig:
                     f"loop must be (first, last), 0 <= first <= last < {len(self.pattern)}; got {self.loop!r}"
                 )
             object.__setattr__(self, "loop", loop)
+
+    @property
+    def K(self):
+        """Key size of a fast weight."""
+        return self.key_size or self.d_model // self.num_heads
+
+    @property
+    def V(self):
+        """Value size of a fast weight."""
+        return self.value_size or 2 * self.K
+
+    @property
+    def hidden(self):
+        """Hidden width of a feed-forward layer."""
+        return self.mlp_size or -(-8 * self.d_model // 48) * 16
 
 
 @dataclass(frozen=True)
@@ -146,15 +157,15 @@ class Block(nn.Module):
             else GatedDeltaNet(
                 D,
                 H,
-                config.key_size,
-                config.value_size,
+                config.K,
+                config.V,
                 config.conv_taps,
                 rule="hebbian" if kind == "h" else "delta",
                 dynamic=kind == "j",
                 backend=config.backend,
             )
         )
-        self.mlp = SwiGLU(D, config.mlp_size)
+        self.mlp = SwiGLU(D, config.hidden)
 
     def forward(self, h, memory, window=None):
         """Map h (B, T, D) and this block's memory to the next h and the next memory."""
@@ -201,7 +212,7 @@ class HybridLM(nn.Module):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1; got {batch_size!r}")
         c, weight = self.config, self.head.weight
-        shape = (batch_size, c.num_heads, c.key_size, c.value_size)
+        shape = (batch_size, c.num_heads, c.K, c.V)
         wide = torch.promote_types(torch.float32, weight.dtype)
         return LMState(
             tuple(None if kind == "a" else weight.new_zeros(shape, dtype=wide) for kind in c.pattern)

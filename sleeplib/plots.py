@@ -126,7 +126,8 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
         As :func:`sleeplib.records.load_records` returns them.
     metric : str
         A key of the curve's metrics, or ``"loss"`` for the training loss.
-    x : {"tokens", "step"}
+    x : {"tokens", "step"} or callable
+        A key of the curve, or a function of the record and an entry of its curve.
     chance : bool
         Also draw what guessing gives.
     """
@@ -137,13 +138,13 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
         # Runs that stopped early are drawn as far as the shortest of their N.
         points = min(len(r["curve"]) for r in group)
         ys = [[_value(p, metric) for p in r["curve"][:points]] for r in group]
-        xs = [p[x] for p in group[0]["curve"][:points]]
+        xs = [x(group[0], p) if callable(x) else p[x] for p in group[0]["curve"][:points]]
         style = {"color": COLORS.get(passes), "dashes": DASHES.get(passes, ())}
         band(ax, xs, ys, label=f"N = {passes}", **style)
     if chance and records and metric in records[0]["chance"]:
         guess = records[0]["chance"][metric]
         ax.axhline(guess, color="black", linewidth=0.8, linestyle=":", label="guessing")
-    ax.set(xlabel={"tokens": "training tokens", "step": "step"}.get(x, x), ylabel=metric)
+    ax.set(xlabel="" if callable(x) else {"tokens": "training tokens"}.get(x, x), ylabel=metric)
     if records:
         ax.legend()
 

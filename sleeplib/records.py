@@ -27,7 +27,7 @@ def data_dir():
     """
     here = Path(__file__).resolve().parent
     checkout = here.parent / "data"
-    return checkout if checkout.is_dir() else here / "data"
+    return checkout if (checkout.parent / "pyproject.toml").is_file() else here / "data"
 
 
 def write_atomically(path, content):

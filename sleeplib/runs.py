@@ -139,7 +139,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, st
     trainer = Trainer(experiment, passes, seed, device)
     if resume and checkpoint.exists():
         load_checkpoint(trainer, checkpoint)
-    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed}"
+    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
+    command += "".join(f" --set {change}" for change in experiment.changes())
     status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
     record = make_record(trainer, status, command, *commit)
     records.save_record(record, out)

@@ -87,14 +87,14 @@ def training_flops(experiment, passes):
     """
     model, task = experiment.model, experiment.task
     first, last = model.loop or (0, len(model.pattern) - 1)
-    D, H, K, V = model.d_model, model.num_heads, model.key_size, model.value_size
+    D, H, K, V = model.d_model, model.num_heads, model.K, model.V
     awake = awake_chunks(training_batch(task, experiment.train, 0, 0).labels, task.window)
     total = 0
     for index, asked in enumerate(awake):
         tokens = min(task.window, task.length - index * task.window)
         for i, kind in enumerate(model.pattern):
             repeats = passes if first <= i <= last and not asked else 1
-            entries = 3 * D * model.mlp_size
+            entries = 3 * D * model.hidden
             if kind == "a":
                 products = 2 * (entries + 4 * D * D) + 2 * D * (tokens + 1)
             else:

@@ -69,7 +69,7 @@ def convolution(x, filters, segment):
 def mixer(w, config, kind, x, past, S, segment, window):
     """One attention or fast-weight layer: x (B, T, D) behind the inputs `past`; returns y and the next S."""
     B, T, _ = x.shape
-    H, K, V = config.num_heads, config.key_size, config.value_size
+    H, K, V = config.num_heads, config.K, config.V
     full = torch.cat((past, x), dim=1)
     n = full.shape[1]
 
