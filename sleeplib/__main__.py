@@ -60,7 +60,7 @@ def run(args):
 
 def summary(record):
     """One line on a run."""
-    scores = ", ".join(f"{k} {v:.3f}" for k, v in record["final"].items() if "/" not in k)
+    scores = ", ".join(f"{k} {v:.3f}" for k, v in record["final"].items() if k in ("loss", "token", "exact"))
     where = f"{record['preset']} N={record['passes']} seed={record['seed']}"
     return f"{where}: {record['status']}; {scores}; {record['seconds']:.0f} s on {record['device']}"
 

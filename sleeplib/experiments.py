@@ -185,14 +185,14 @@ def _rule110_presets():
         name="rule110-quick",
         task=Rule110(width=12, strings=2, steps=6),
         model=ModelConfig(vocab_size=4, d_model=64, pattern="agag", num_heads=4, mlp_size=128),
-        train=TrainConfig(steps=800, batch=128, adamw_lr=1e-3, decay=160),
+        train=TrainConfig(steps=800, batch=128, adamw_lr=1e-3),
         about="2 rings of 12 cells, t = 6, width 64; minutes on two CPU cores; smaller than the paper's",
     )
     yield quick
     yield dataclasses.replace(
         quick,
         name="rule110-quick-long",
-        train=dataclasses.replace(quick.train, steps=2500, decay=500),
+        train=dataclasses.replace(quick.train, steps=2500),
         passes=(1,),
         seeds=(0,),
         about="rule110-quick without sleep, run on until it learns too",

@@ -63,8 +63,11 @@ def make_record(trainer, status, command, commit, dirty):
     experiment, train = trainer.experiment, trainer.experiment.train
     final = {}
     if not status.startswith("failed"):
-        test = held_out(experiment.task, 8 * train.eval_batch, trainer.seed)
-        final = evaluate(trainer.model, experiment.task, test, passes=trainer.passes, eviction=train.eviction)
+        for split, suffix in (("test", ""), ("train", "_train_split")):
+            batch = held_out(experiment.task, 8 * train.eval_batch, trainer.seed, split)
+            options = dict(passes=trainer.passes, eviction=train.eviction)
+            scores = evaluate(trainer.model, experiment.task, batch, **options)
+            final |= {name + suffix: score for name, score in scores.items()}
     cuda = trainer.device.type == "cuda"
     return dict(
         preset=experiment.name,

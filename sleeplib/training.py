@@ -109,9 +109,9 @@ def training_batch(task, train, seed, step):
     return task.batch(train.batch, np.random.default_rng([seed, DATA, step]), split="train")
 
 
-def held_out(task, count, seed):
-    """Held-out sequences, drawn once a seed."""
-    return task.batch(count, np.random.default_rng([seed, TEST]), split="test")
+def held_out(task, count, seed, split="test"):
+    """Sequences for scoring, drawn once a seed; `split` "train" gives new ones from the training split."""
+    return task.batch(count, np.random.default_rng([seed, TEST]), split=split)
 
 
 @torch.no_grad()
