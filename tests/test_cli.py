@@ -114,9 +114,9 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     started = []
 
     def start(command, env):
-        started.append(
-            (int(command[command.index("--passes") + 1]), int(command[command.index("--seed") + 1]))
-        )
+        preset = command[command.index("run") + 1]
+        n, seed = (int(command[command.index(flag) + 1]) for flag in ("--passes", "--seed"))
+        started.append((preset, n, seed))
         assert "--resume" in command and env["OMP_NUM_THREADS"]
         return subprocess.CompletedProcess(command, 0)
 
@@ -127,7 +127,8 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     with patch.object(command_line.subprocess, "run", start):
         code, out, _ = call(capsys, "reproduce", "rule110", "--out", str(tmp_path), "--jobs", "1")
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
-    assert started == [(n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
+    quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
+    assert started == [*quick, ("rule110-quick-long", 1, 0)]
 
 
 def test_doctor_finds_this_machine_well(capsys):
