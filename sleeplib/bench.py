@@ -130,8 +130,9 @@ def streaming(preset="rule110-quick", tokens=100_000, piece=4):
             f"{(awake + asleep / task.window) * 1e3:.2f} ms a token with naps"
         )
     reader, carried = Sleeper(model, window=task.window, passes=4), {}
-    for start in range(0, tokens - tokens % task.window, 50 * task.window):
-        reader.feed(stream[:, start : start + 50 * task.window])
+    whole = 50 * task.window  # pieces end where a window ends, so that bytes are counted after a nap
+    for piece in stream[:, : tokens - tokens % whole].split(whole, dim=1):
+        reader.feed(piece)
         carried[reader.state.position] = reader.nbytes()
     sizes = sorted(set(carried.values()))
     print(f"streaming, {reader.state.position} tokens, {reader.naps} naps: carried bytes after a nap {sizes}")

@@ -19,7 +19,7 @@ GRAIN = 32768  # entries below which one thread does it all, as in PyTorch
 
 
 def launch(kernel, *args):
-    """Call a kernel on CPU tensors as arrays, floats in the first one's precision, with PyTorch's threads."""
+    """Call a kernel on CPU tensors as arrays, with floats in the first one's precision."""
     arrays = [x.detach().contiguous().numpy() for x in args if isinstance(x, torch.Tensor)]
     rest = iter(arrays)
     number = arrays[0].dtype.type
@@ -28,7 +28,8 @@ def launch(kernel, *args):
     ]
     threads = 1
     if max(x.size for x in arrays) >= GRAIN:
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        # PyTorch's own threads still spin for a while after its last product: leave them half the cores.
+        threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) // 2)
     with LOCK:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
