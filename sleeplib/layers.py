@@ -35,6 +35,11 @@ def linear(fan_in, fan_out, zero=False):
     return layer
 
 
+def project(x, *layers):
+    """Apply several bias-free projections to the same x (B, T, D) in one product; outputs side by side."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+
+
 class RMSNorm(nn.Module):
     r"""Root-mean-square norm, ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis.
 
@@ -104,7 +109,7 @@ class Attention(nn.Module):
 
     def forward(self, x, memory, window=None):
         """Map x (B, T, D) to y (B, T, D); a query sees its newest `window` keys, itself included."""
-        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q, self.k, self.v))
+        q, k, v = project(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if memory.kv is not None:
             k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)
         T, S = q.shape[1], k.shape[1]
@@ -242,20 +247,21 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x, memory, window=None):
         """Map x (B, T, D) to y (B, T, D), reading and writing the fast weight of `memory`."""
         H, K, V = self.num_heads, self.key_size, self.value_size
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)
+        qkv, gate, a, b = y.split((2 * H * K + H * V, H * V, H, H), dim=-1)
+        if not self.dynamic:
+            qkv, conv = self.conv(qkv, memory.conv)
+        q, k, v = qkv.split((H * K, H * K, H * V), dim=-1)
         if self.dynamic:
             q, k = F.silu(q), F.silu(k)
             v, conv = self.conv(v, x, memory.conv)
-        else:
-            qkv, conv = self.conv(torch.cat((q, k, v), dim=-1), memory.conv)
-            q, k, v = qkv.split((H * K, H * K, H * V), dim=-1)
         q, k = (unit(z.unflatten(-1, (H, K))) for z in (q, k))
         wide = torch.promote_types(torch.float32, self.A_log.dtype)
-        g = -self.A_log.to(wide).exp() * F.softplus(self.a(x).to(wide) + self.dt_bias)
-        beta = self.b(x).to(wide).sigmoid()
+        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
+        beta = b.to(wide).sigmoid()
         v = v.unflatten(-1, (H, V))
         o, S = self.rule(q, k, v, g=g, beta=beta, initial_state=memory.S, backend=self.backend)
-        y = self.norm(o) * F.silu(self.gate(x)).unflatten(-1, (H, V))
+        y = self.norm(o) * F.silu(gate).unflatten(-1, (H, V))
         return self.o(y.flatten(2)), Memory(S=S, conv=conv)
 
 

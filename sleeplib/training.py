@@ -1,5 +1,6 @@
 """The one visible training loop: Muon and AdamW, the same data for every N, resumable to the bit."""
 
+import ctypes
 import hashlib
 import math
 import resource
@@ -221,6 +222,18 @@ def find_device(name):
     return device
 
 
+def hold_on_to_memory():
+    """Let glibc keep freed memory: each step would get the same pages back, and fault them in anew."""
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if allocator:
+        for option, value in (
+            (-1, 2**31 - 1),
+            (-2, 2**26),
+            (-3, 2**30),
+        ):  # trim threshold, top pad, mmap threshold
+            allocator(option, value)
+
+
 @contextmanager
 def ctrl_c_noted():
     """Note the first Ctrl-C in the list that is yielded, so no step is cut in two; a second one raises."""
@@ -270,6 +283,8 @@ class Trainer:
     def __init__(self, experiment, passes, seed, device="auto"):
         self.experiment, self.passes, self.seed = experiment, passes, seed
         self.device = find_device(device)
+        if self.device.type == "cpu":
+            hold_on_to_memory()
         task, train = experiment.task, experiment.train
         if task.vocab_size != experiment.model.vocab_size:
             raise ValueError(

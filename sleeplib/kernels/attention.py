@@ -2,29 +2,29 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from .jit import PARALLEL, launch
+from .jit import LOOPS, launch
 
 
-@njit(**PARALLEL)
-def _attend(q, k, v, scale, window, o):
+@njit(**LOOPS)
+def _attend(first, last, q, k, v, scale, window, o):
     B, T, H, K = q.shape
     S, V = k.shape[1], v.shape[3]
-    for n in prange(B * H):
+    weight, zero = np.empty(S, v.dtype), v.dtype.type(0)
+    for n in range(first, last):
         b, h = n // H, n % H
-        weight = np.empty(S, v.dtype)
         for t in range(T):
             newest = S - T + t  # the query's own position among the keys
             oldest = max(0, newest - window + 1)
-            top = -np.inf
+            top = v.dtype.type(-np.inf)
             for s in range(oldest, newest + 1):
-                score = q[b, t, h, 0] * 0
+                score = zero
                 for i in range(K):
                     score += q[b, t, h, i] * k[b, s, h, i]
                 weight[s] = scale * score
                 top = max(top, weight[s])
-            total = q[b, t, h, 0] * 0
+            total = zero
             o[b, t, h, :] = 0
             for s in range(oldest, newest + 1):
                 w = np.exp(weight[s] - top)
@@ -75,5 +75,5 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
         raise ValueError(f"window must be at least 1; got {window}")
     o = torch.empty(B, T, H, V, dtype=v.dtype)
     scale = K**-0.5 if scale is None else float(scale)
-    launch(_attend, q.cpu(), k.cpu(), v.cpu(), scale, S if window is None else window, o)
+    launch(_attend, B * H, q.cpu(), k.cpu(), v.cpu(), scale, S if window is None else window, o)
     return o

@@ -1,17 +1,17 @@
 """Causal depthwise convolution over time: loops on the CPU, shifted sums elsewhere."""
 
 import torch
-from numba import njit, prange
+from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import PARALLEL, launch
+from .jit import LOOPS, launch
 
 
-@njit(**PARALLEL)
-def _forward(x, weight, y):
+@njit(**LOOPS)
+def _forward(first, last, x, weight, y):
     B, T, C = y.shape
     taps = weight.shape[0]
-    for b in prange(B):
+    for b in range(first, last):
         for t in range(T):
             for c in range(C):
                 y[b, t, c] = x[b, t, c] * weight[0, c]
@@ -20,11 +20,11 @@ def _forward(x, weight, y):
                     y[b, t, c] += x[b, t + i, c] * weight[i, c]
 
 
-@njit(**PARALLEL)
-def _backward(x, weight, dy, dx, dweight):
+@njit(**LOOPS)
+def _backward(first, last, x, weight, dy, dx, dweight):
     B, T, C = dy.shape
     taps = weight.shape[0]
-    for b in prange(B):
+    for b in range(first, last):
         dx[b] = 0
         dweight[b] = 0
         for t in range(T):
@@ -39,7 +39,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight):
         y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
         x = x.contiguous()
-        launch(_forward, x, weight, y)
+        launch(_forward, len(x), x, weight, y)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -48,7 +48,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), x.new_empty(x.shape[0], *weight.shape)
-        launch(_backward, x, weight, dy, dx, dweight)
+        launch(_backward, len(x), x, weight, dy, dx, dweight)
         return dx, dweight.sum(0)
 
 

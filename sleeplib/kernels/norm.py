@@ -3,41 +3,43 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit, prange
+from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import PARALLEL, launch
+from .jit import LOOPS, launch
 
 BLOCK = 64  # rows a task; each task sums its own share of the weight's gradient, so sums are reproducible
 
 
-@njit(**PARALLEL)
-def _forward(x, weight, eps, y, rate):
+@njit(**LOOPS)
+def _forward(first, last, x, weight, eps, y, rate):
     rows, n = x.shape
-    for block in prange(-(-rows // BLOCK)):
-        for i in range(block * BLOCK, min((block + 1) * BLOCK, rows)):
-            total = eps * n
-            for j in range(n):
-                total += x[i, j] * x[i, j]
-            rate[i] = 1 / np.sqrt(total / n)
-            for j in range(n):
-                y[i, j] = x[i, j] * rate[i] * weight[j]
+    size = x.dtype.type(n)
+    for i in range(first * BLOCK, min(last * BLOCK, rows)):
+        total = eps * size
+        for j in range(n):
+            total += x[i, j] * x[i, j]
+        r = np.sqrt(size / total)
+        for j in range(n):
+            y[i, j] = x[i, j] * r * weight[j]
+        rate[i] = r
 
 
-@njit(**PARALLEL)
-def _backward(x, weight, rate, dy, dx, dweight):
+@njit(**LOOPS)
+def _backward(first, last, x, weight, rate, dy, dx, dweight):
     rows, n = x.shape
-    for block in prange(-(-rows // BLOCK)):
+    size = x.dtype.type(n)
+    for block in range(first, last):
         dweight[block] = 0
         for i in range(block * BLOCK, min((block + 1) * BLOCK, rows)):
             r = rate[i]
-            total = r * 0
+            total = x.dtype.type(0)
             for j in range(n):
                 total += dy[i, j] * weight[j] * x[i, j]
                 dweight[block, j] += dy[i, j] * x[i, j] * r
-            total *= r * r / n
+            pull = total * r * r / size
             for j in range(n):
-                dx[i, j] = r * (dy[i, j] * weight[j] - x[i, j] * total)
+                dx[i, j] = r * (dy[i, j] * weight[j] - x[i, j] * pull)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         y, rate = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
         flat = (-1, x.shape[-1])
-        launch(_forward, x.view(flat), weight, eps, y.view(flat), rate)
+        launch(_forward, -(-len(rate) // BLOCK), x.view(flat), weight, eps, y.view(flat), rate)
         ctx.save_for_backward(x, weight, rate)
         return y
 
@@ -57,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         dweight = x.new_empty(-(-rate.numel() // BLOCK), x.shape[-1])
         flat = (-1, x.shape[-1])
-        launch(_backward, x.view(flat), weight, rate, dy.reshape(flat), dx.view(flat), dweight)
+        launch(_backward, len(dweight), x.view(flat), weight, rate, dy.reshape(flat), dx.view(flat), dweight)
         return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None
 
 

@@ -8,119 +8,120 @@ One step of the gated delta rule on the fast weight S, shape (K, V), for one hea
     o  = scale S^T q                output
 
 The backward pass is the same four lines, derived by hand and walked in reverse.  Every quantity is a loop
-over plain arrays, compiled by Numba and run in parallel over batch and heads.  A head's state stays in the
-core's own cache for the whole window, which is why the slow truth is also the fastest CPU path for the
-small models of this book.
+over plain arrays, compiled by Numba; heads and sequences are independent, so they run in parallel.  A head's
+state stays in the core's own cache for the whole window, which is why the slow truth is also the fastest CPU
+path for the small models of this book.
 """
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import PARALLEL, launch
+from .jit import LOOPS, launch
 
 SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
 
 
-@njit(**PARALLEL)
-def _forward(q, k, v, g, beta, scale, delta, S, o, u, starts):
-    """Fill o (B, T, H, V); advance S (B, H, K, V) in place; keep u and segment starts when there is room."""
+@njit(**LOOPS)
+def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
+    """Fill o (B, T, H, V); advance S (B, H, K, V) in place; keep u and segment starts when there is room.
+
+    The output is read in the same sweep as the error: after the write S^T q has grown by (k . q) u.
+    """
     B, T, H, K = q.shape
     V = v.shape[3]
-    keep = u.size > 0
-    for n in prange(B * H):
+    keep, zero = u.size > 0, v.dtype.type(0)
+    error, out = np.empty(V, v.dtype), np.empty(V, v.dtype)
+    for n in range(first, last):
         b, h = n // H, n % H
         M = S[b, h]
-        error = np.empty(V, v.dtype)
-        out = np.empty(V, v.dtype)
         for t in range(T):
             if keep and t % SEGMENT == 0:
                 starts[b, h, t // SEGMENT] = M
             alpha, rate = np.exp(g[b, t, h]), beta[b, t, h]
             error[:] = 0
+            out[:] = 0
+            kq = zero
+            for i in range(K):
+                ki, qi = k[b, t, h, i], q[b, t, h, i]
+                kq += ki * qi
+                for j in range(V):
+                    error[j] += M[i, j] * ki
+                    out[j] += M[i, j] * qi
+            for j in range(V):
+                error[j] = rate * (v[b, t, h, j] - alpha * error[j]) if delta else rate * v[b, t, h, j]
+                o[b, t, h, j] = scale * (alpha * out[j] + kq * error[j])
             for i in range(K):
                 ki = k[b, t, h, i]
                 for j in range(V):
-                    M[i, j] *= alpha
-                    error[j] += M[i, j] * ki
-            for j in range(V):
-                error[j] = rate * (v[b, t, h, j] - error[j]) if delta else rate * v[b, t, h, j]
-            out[:] = 0
-            for i in range(K):
-                ki, qi = k[b, t, h, i], scale * q[b, t, h, i]
-                for j in range(V):
-                    M[i, j] += ki * error[j]
-                    out[j] += M[i, j] * qi
-            o[b, t, h] = out
+                    M[i, j] = alpha * M[i, j] + ki * error[j]
             if keep:
                 u[b, t, h] = error
 
 
-@njit(**PARALLEL)
-def _backward(q, k, v, g, beta, scale, delta, u, starts, do, dS, dq, dk, dv, dg, dbeta):
-    """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the first."""
+@njit(**LOOPS)
+def _backward(first, last, q, k, v, g, beta, scale, delta, u, starts, do, dS, dq, dk, dv, dg, dbeta):
+    """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the first.
+
+    With P the state before a step and D the gradient of the one after it, both are swept twice: once for what
+    du needs, once for what needs du.
+    """
     B, T, H, K = q.shape
     V = v.shape[3]
-    for n in prange(B * H):
+    path = np.empty((SEGMENT, K, V), v.dtype)  # the states before each step of one segment, recomputed
+    du = np.empty(V, v.dtype)
+    zero = v.dtype.type(0)
+    for n in range(first, last):
         b, h = n // H, n % H
         D = dS[b, h]
-        path = np.empty((SEGMENT + 1, K, V), v.dtype)  # the states of one segment, recomputed
-        du = np.empty(V, v.dtype)
-        row_g = np.empty(V, v.dtype)
-        zero = v.dtype.type(0)
         for segment in range((T - 1) // SEGMENT, -1, -1):
-            first = segment * SEGMENT
-            last = min(first + SEGMENT, T)
+            start = segment * SEGMENT
+            stop = min(start + SEGMENT, T)
             path[0] = starts[b, h, segment]
-            for t in range(first, last):
-                alpha = np.exp(g[b, t, h])
-                before, after = path[t - first], path[t - first + 1]
+            for t in range(start, stop - 1):
+                alpha, before, after = np.exp(g[b, t, h]), path[t - start], path[t - start + 1]
                 for i in range(K):
                     ki = k[b, t, h, i]
                     for j in range(V):
                         after[i, j] = alpha * before[i, j] + ki * u[b, t, h, j]
-            for t in range(last - 1, first - 1, -1):
+            for t in range(stop - 1, start - 1, -1):
                 alpha, rate = np.exp(g[b, t, h]), beta[b, t, h]
-                before, after = path[t - first], path[t - first + 1]
-                gout, w = do[b, t, h], u[b, t, h]
+                P, out, w = path[t - start], do[b, t, h], u[b, t, h]
                 du[:] = 0
-                for i in range(K):  # o = scale S^T q, then S = S' + k u^T
+                kq = ow = sum_b = sum_g = zero
+                for j in range(V):
+                    ow += out[j] * w[j]
+                for i in range(K):  # o = scale (alpha P^T q + (k . q) u), S = alpha P + k u^T
                     ki, qi = k[b, t, h, i], scale * q[b, t, h, i]
-                    sum_q = sum_k = zero
+                    kq += ki * qi
+                    Po = Dw = DP = zero
                     for j in range(V):
-                        D[i, j] += qi * gout[j]
-                        sum_q += after[i, j] * gout[j]
-                        sum_k += D[i, j] * w[j]
+                        Po += P[i, j] * out[j]
+                        Dw += D[i, j] * w[j]
+                        DP += D[i, j] * P[i, j]
                         du[j] += D[i, j] * ki
-                    dq[b, t, h, i] = scale * sum_q
-                    dk[b, t, h, i] = sum_k
-                sum_b = sum_g = zero
-                for j in range(V):  # u = beta (v - r)
+                    dq[b, t, h, i] = scale * (alpha * Po + ki * ow)
+                    dk[b, t, h, i] = Dw + qi * ow
+                    sum_g += DP + qi * Po
+                for j in range(V):  # u = beta (v - alpha P^T k), or beta v
+                    du[j] += kq * out[j]
                     dv[b, t, h, j] = rate * du[j]
                     sum_b += du[j] * v[b, t, h, j]
-                row_g[:] = 0
-                if delta:  # r = S'^T k
-                    for i in range(K):
-                        ki = k[b, t, h, i]
-                        sum_k = zero
-                        for j in range(V):
-                            decayed = alpha * before[i, j]
-                            sum_k += decayed * du[j]
-                            grad = D[i, j] - ki * rate * du[j]
-                            row_g[j] += grad * decayed
-                            D[i, j] = alpha * grad
-                        dk[b, t, h, i] -= rate * sum_k
-                        sum_b -= ki * sum_k
-                else:
-                    for i in range(K):
-                        for j in range(V):
-                            D[i, j] *= alpha
-                            row_g[j] += D[i, j] * before[i, j]
-                for j in range(V):
-                    sum_g += row_g[j]
+                back = rate if delta else zero
+                for i in range(K):
+                    ki, qi = k[b, t, h, i], scale * q[b, t, h, i]
+                    kw = ki * back
+                    Pu = zero
+                    for j in range(V):
+                        Pu += P[i, j] * du[j]
+                        D[i, j] = alpha * (D[i, j] + qi * out[j] - kw * du[j])
+                    if delta:
+                        dk[b, t, h, i] -= rate * alpha * Pu
+                        sum_b -= ki * alpha * Pu
+                        sum_g -= kw * Pu
                 dbeta[b, t, h] = sum_b
-                dg[b, t, h] = sum_g
+                dg[b, t, h] = alpha * sum_g
 
 
 class _Recurrence(torch.autograd.Function):
@@ -131,7 +132,7 @@ class _Recurrence(torch.autograd.Function):
         o, final = torch.empty_like(v, memory_format=torch.contiguous_format), S.detach().clone()
         u = v.new_empty((B, T, H, V) if kept else (0, 0, 0, 0))
         starts = v.new_empty((B, H, -(-T // SEGMENT), K, V) if kept else (0, 0, 0, 0, 0))
-        launch(_forward, q, k, v, g, beta, scale, delta, final, o, u, starts)
+        launch(_forward, B * H, q, k, v, g, beta, scale, delta, final, o, u, starts)
         ctx.save_for_backward(q, k, v, g, beta, u, starts)
         ctx.scale, ctx.delta = scale, delta
         return o, final
@@ -142,7 +143,22 @@ class _Recurrence(torch.autograd.Function):
         q, k, v, g, beta, u, starts = ctx.saved_tensors
         dS = dS.contiguous().clone()
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
-        launch(_backward, q, k, v, g, beta, ctx.scale, ctx.delta, u, starts, do, dS, *grads)
+        launch(
+            _backward,
+            q.shape[0] * q.shape[2],
+            q,
+            k,
+            v,
+            g,
+            beta,
+            ctx.scale,
+            ctx.delta,
+            u,
+            starts,
+            do,
+            dS,
+            *grads,
+        )
         return *grads, dS, None, None
 
 
