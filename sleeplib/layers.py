@@ -79,6 +79,8 @@ def rotate(x, start, base):
 
     Only differences of positions matter, so callers count from the oldest cached key: angles stay small
     and float32 stays exact, however long the stream.
+
+    Chapter: 01_attention
     """
     T, K = x.shape[1], x.shape[3]
     cos, sin = (table[start:] for table in _angles(start + T, K, base, x.dtype, x.device))
@@ -98,7 +100,7 @@ class Attention(nn.Module):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 01_attention
     """
 
     def __init__(self, d_model, num_heads, rope_base=10_000.0):

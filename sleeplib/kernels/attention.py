@@ -61,7 +61,7 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 01_attention
     """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError("q, k and v must have four dimensions (batch, time, heads, size)")
