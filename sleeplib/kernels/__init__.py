@@ -109,7 +109,7 @@ def gated_hebbian_rule(q, k, v, *, g, beta, initial_state=None, scale=None, back
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 03_fast_weights
     """
     return _dispatch(q, k, v, g, beta, initial_state, scale, backend, validate, delta=False)
 
