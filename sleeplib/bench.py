@@ -144,7 +144,7 @@ windows, passes, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] ==
 torch.set_num_threads(1)
 model = sl.HybridLM(sl.ModelConfig(vocab_size=4, d_model=64, pattern="agag"))
 def step(windows, passes):
-    inputs = torch.randint(0, 4, (256, 24 * (windows + 1)))
+    inputs = torch.randint(0, 4, (64, 24 * (windows + 1)))
     labels = torch.full_like(inputs, -100)
     labels[:, -1] = 1
     options = dict(window=24, passes=passes, checkpoint=checkpoint, return_logits=False)
@@ -158,7 +158,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 def memory():
     """Peak memory of one training step over that of a one-window step, each in a fresh process (Linux)."""
-    print("memory of a training step above that of one window, one pass, MiB (batch 256, L = 24, width 64)")
+    print("memory of a training step above that of one window, one pass, MiB (batch 64, L = 24, width 64)")
     print("windows  N   plain   checkpointed over windows")
     for windows, passes in ((4, 1), (16, 1), (4, 4), (16, 4)):
         row = []

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 
 from .model import ModelConfig
-from .tasks import TASKS, Rule110
+from .tasks import TASKS, Depo, Rule110
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,35 @@ def _rule110_presets():
     )
 
 
-PRESETS = {experiment.name: experiment for experiment in _rule110_presets()}
+def _depo_presets():
+    task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2)
+    yield Experiment(
+        name="depo-quick",
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, d_model=64, pattern="agag", num_heads=4, mlp_size=128),
+        train=TrainConfig(steps=1500, batch=128, adamw_lr=1e-3),
+        about="5 nodes, 4 hops, 2 windows, width 64; minutes on two CPU cores; smaller than the paper's",
+    )
+    task = Depo(nodes=25, hops=8, queries=8, windows=2)
+    yield Experiment(
+        name="depo-small",
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, d_model=256, pattern="ajaj", num_heads=4),
+        train=TrainConfig(steps=6000, batch=128, eval_every=50, save_every=500, graph=True),
+        about="25 nodes, 8 hops, 4 Jet/attention layers, width 256; one GPU; smaller than the paper's",
+    )
+    task = Depo()
+    yield Experiment(
+        name="depo-paper",
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, d_model=512, pattern="ajajajajaj", num_heads=8),
+        train=TrainConfig(steps=100_000, batch=128, eval_every=500, save_every=1000, graph=True),
+        seeds=(0,),
+        about="Figure 3: 75 nodes, 16 hops, 10 Jet/attention layers, width 512, 100,000 steps",
+    )
+
+
+PRESETS = {e.name: e for presets in (_rule110_presets, _depo_presets) for e in presets()}
 
 
 def get(name):

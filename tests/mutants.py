@@ -16,7 +16,7 @@ import sleeplib as sl
 from sleeplib import layers, training
 from sleeplib.kernels import chunked, reference
 from sleeplib.model import collect, spread
-from sleeplib.tasks import rule110
+from sleeplib.tasks import depo, rule110
 
 asleep = sys.modules["sleeplib.sleep"]  # the name sleeplib.sleep is the function
 MUTANTS = {}
@@ -382,3 +382,18 @@ plant(
     "_rings",
     lambda honest, self, *args: honest(self, *args)[::-1].copy(),
 )("draws_other_rings")
+
+
+def turned_edges(honest, target, tokens, there, right=False):
+    """Show each edge with its ends exchanged."""
+    flip = slice(None, None, -1 if right else 1)
+    honest(target, tokens[:, flip], there[:, flip], right)
+
+
+plant("check_depo_solver_agrees", depo, "_place", turned_edges)("edges_run_backwards")
+plant(
+    "check_depo_golden",
+    depo.Depo,
+    "_names",
+    lambda honest, self, *args: tuple(x[:, ::-1] for x in honest(self, *args)),
+)("names_other_nodes")

@@ -10,6 +10,7 @@ import mutants
 import numpy as np
 import oracles
 import pytest
+import test_depo
 import test_kernels
 import test_rule110
 import torch
@@ -337,6 +338,20 @@ def check_rule110_solver_agrees():
 
 def check_rule110_golden():
     assert test_rule110.golden() == json.loads(test_rule110.GOLDEN.read_text())
+
+
+def check_depo_solver_agrees():
+    for task in (
+        *test_depo.TASKS.values(),
+        sl.tasks.Depo(nodes=6, hops=20, letters=3, word=(2, 4), queries=3),
+    ):
+        for split in ("train", "test"):
+            batch = task.batch(200, np.random.default_rng(task.nodes), split=split)
+            assert torch.equal(task.solve(batch.inputs), batch.labels)
+
+
+def check_depo_golden():
+    assert test_depo.golden() == json.loads(test_depo.GOLDEN.read_text())
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -42,6 +42,16 @@ def check_batch_request(count, rng, split):
         raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
 
 
+def check_ints(name, values, count):
+    """Return `values` as a tuple of `count` ints, or raise an error that names the argument."""
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        raise TypeError(f"{name} must be {count} ints; got {values!r}")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {'an int' if count == 1 else f'{count} ints'}; got {value!r}")
+    return tuple(values)
+
+
 def score(logits, batch):
     """Score logits (B, T, vocab) against a batch.
 
@@ -49,7 +59,8 @@ def score(logits, batch):
     -------
     dict of str to float
         ``loss`` (nats per label), ``token`` (accuracy per label), ``exact`` (rows all right), and with groups
-        ``loss/<group>`` and ``exact/<group>``, over the labels of that group.
+        ``loss/<group>`` over the labels of that group and ``exact/<group>`` over its answers.  Neighbouring
+        labels of one group are one answer, right if all of them are.
     """
     if logits.shape[:2] != batch.labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(batch.labels.shape)}")
@@ -65,9 +76,13 @@ def score(logits, batch):
         "exact": (~missed.any(dim=1)[asked.any(dim=1)]).float().mean().item(),
     }
     if batch.groups is not None:
-        groups = batch.groups.cpu()[asked]
-        for group in groups.unique().tolist():
-            member = groups == group
-            result[f"loss/{group}"] = loss[member].mean().item()
-            result[f"exact/{group}"] = right[member].float().mean().item()
+        groups = batch.groups.cpu()
+        before = torch.roll(torch.where(asked, groups, IGNORE), 1, dims=1)
+        before[:, 0] = IGNORE
+        first = asked & (groups != before)  # where an answer begins
+        answer = first.flatten().cumsum(0)[asked.flatten()] - 1  # the number of each label's answer
+        wrong = torch.zeros(int(first.sum())).index_add_(0, answer, (~right).float()) > 0
+        for group in groups[first].unique().tolist():
+            result[f"loss/{group}"] = loss[groups[asked] == group].mean().item()
+            result[f"exact/{group}"] = (~wrong[groups[first] == group]).float().mean().item()
     return result

@@ -1,0 +1,90 @@
+"""Where a run runs: the device, its memory, and a training step captured as one CUDA graph."""
+
+import ctypes
+import resource
+import sys
+
+import torch
+
+
+class CapturedStep:
+    """Forward and backward of a training step, captured once as a CUDA graph and then replayed.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    batch : Batch
+        Gives the shapes.
+
+    Notes
+    -----
+    Nothing in a step depends on values read back from the GPU: which chunks are awake is known beforehand.
+    The optimizers stay outside the graph, where their learning rates may change.
+
+    Chapter: 11_rule110
+    """
+
+    def __init__(self, trainer, batch):
+        self.inputs = batch.inputs.to(trainer.device)
+        self.labels = batch.labels.to(trainer.device)
+        parameters = list(trainer.model.parameters())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm up outside the graph: caches, cuBLAS handles, rotary tables
+            for _ in range(3):
+                for p in parameters:
+                    p.grad = None
+                trainer.loss(self.inputs, self.labels).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        for p in parameters:
+            p.grad = None
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = trainer.loss(self.inputs, self.labels)
+            self.loss.backward()
+        self.loss = self.loss.detach()
+
+    def __call__(self, batch):
+        self.inputs.copy_(batch.inputs.pin_memory(), non_blocking=True)
+        self.labels.copy_(batch.labels.pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def find_device(name):
+    """Look up "auto", "cpu", "cuda" or one CUDA device; raise ValueError if this machine has no such."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if (
+        device is None
+        or device.type not in ("cpu", "cuda")
+        or device.type == "cuda"
+        and not (device.index or 0) < count
+    ):
+        raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
+    return device
+
+
+def hold_on_to_memory():
+    """Let glibc keep freed memory: each step would get the same pages back, and fault them in anew."""
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if allocator:
+        for option, value in (
+            (-1, 2**31 - 1),
+            (-2, 2**26),
+            (-3, 2**30),
+        ):  # trim threshold, top pad, mmap threshold
+            allocator(option, value)
+
+
+def peak_bytes(device):
+    """The most memory in use so far: tensors on a GPU, the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
