@@ -229,7 +229,7 @@ def _rule110_presets():
 
 
 def _depo_presets():
-    task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2)
+    task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2, fewest=5)
     yield Experiment(
         name="depo-quick",
         task=task,

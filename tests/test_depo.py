@@ -69,7 +69,8 @@ def tasks(draw):
     if window < 2 + 2 * word[1]:
         windows, window = 1, 2 * nodes * word[1]
     fits = window // (2 + 2 * word[1])
-    queries = draw(st.integers(1, max(3, fits)))
+    fewest = draw(st.integers(3, nodes))
+    queries = draw(st.integers(1, max(fewest, fits)))
     letters = draw(st.integers(nodes, 12))
     return sl.tasks.Depo(
         nodes=nodes,
@@ -78,6 +79,7 @@ def tasks(draw):
         word=word,
         queries=queries,
         windows=windows,
+        fewest=fewest,
     )
 
 
@@ -95,7 +97,7 @@ def test_a_sequence_reads_edges_and_asks_for_walks(task, seed, split):
         sources, goals = edges[::2], edges[1::2]
         n = len(sources)
         assert sorted(sources) == sorted(goals) and len(set(sources)) == n, "each node once on either side"
-        assert 3 <= n <= task.nodes and (split == "train" or n == task.nodes)
+        assert task.fewest <= n <= task.nodes and (split == "train" or n == task.nodes)
         assert all(task.word[0] <= len(name) <= task.word[1] for name in sources)
         assert "<pad>" not in texts[: task.context][-len(sum(edges, ())) :], "padding is on the left"
         number = {name: i for i, name in enumerate(sources)}
@@ -217,8 +219,9 @@ def test_chance_is_a_guess_among_the_nodes():
     [
         (ValueError, "nodes must lie in 3 .. 1000; got 2", dict(nodes=2)),
         (ValueError, "hops must lie", dict(hops=0)),
+        (ValueError, "fewest must lie in 3 .. 5; got 6", dict(fewest=6)),
         (ValueError, "queries must lie", dict(queries=0)),
-        (ValueError, "queries must be at most 3, .* got 4", dict(queries=4)),
+        (ValueError, "queries must be at most fewest = 5, .* got 6", dict(queries=6)),
         (ValueError, "letters: 4 give 4 names for 5 nodes", dict(letters=4)),
         (ValueError, r"word must be \(fewest, most\).* got \(2, 1\)", dict(word=(2, 1))),
         (ValueError, "windows must divide 10", dict(windows=3)),

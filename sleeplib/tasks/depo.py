@@ -30,7 +30,7 @@ class Depo:
     Parameters
     ----------
     nodes : int
-        Most nodes of a cycle, N.  In training a cycle has n of them, 3 <= n <= N, with probability
+        Most nodes of a cycle, N.  In training a cycle has n of them, from `fewest` to N, with probability
         proportional to ``1 / (n + sqrt(N))``; at test it has N.
     hops : int
         Most hops K.  In training k is uniform on 1 .. K; at test a power of two.
@@ -42,6 +42,8 @@ class Depo:
         Queries in a sequence, with distinct starts: ``min(n, queries)`` of them.
     windows : int
         How many windows the context is torn into.
+    fewest : int
+        Fewest nodes of a cycle in training.
 
     Notes
     -----
@@ -58,6 +60,7 @@ class Depo:
     word: tuple[int, int] = (1, 2)
     queries: int = 10
     windows: int = 4
+    fewest: int = 3
 
     def __post_init__(self):
         low, high = check_ints("word", self.word, 2)
@@ -65,7 +68,7 @@ class Depo:
             raise ValueError(f"word must be (fewest, most) tokens, 1 to 4; got {self.word!r}")
         object.__setattr__(self, "word", (low, high))
         limits = (("nodes", 3, 1000), ("hops", 1, 1000), ("letters", 1, 1000), ("queries", 1, 1000))
-        for name, least, most in (*limits, ("windows", 1, 1000)):
+        for name, least, most in (*limits, ("windows", 1, 1000), ("fewest", 3, self.nodes)):
             (value,) = check_ints(name, (getattr(self, name),), 1)
             if not least <= value <= most:
                 raise ValueError(f"{name} must lie in {least} .. {most}; got {value}")
@@ -79,10 +82,10 @@ class Depo:
             raise ValueError(
                 f"windows: {self.windows} leave {self.window} tokens each; a query has up to {self._query}"
             )
-        if len(self._chunks) > 1 and self.queries > 3:
+        if len(self._chunks) > 1 and self.queries > self.fewest:
             raise ValueError(
-                f"queries must be at most 3, which the smallest cycle has, or fit into a window of "
-                f"{self.window} tokens; got {self.queries} of {self._query} tokens"
+                f"queries must be at most fewest = {self.fewest}, so that every cycle has as many, or fit into "
+                f"a window of {self.window} tokens; got {self.queries} of {self._query} tokens"
             )
 
     @property
@@ -188,7 +191,7 @@ class Depo:
             n = int(missing / share * 1.1) + 8
             sizes = np.full(n, self.nodes)
             if split == "train":
-                choice = np.arange(3, self.nodes + 1)
+                choice = np.arange(self.fewest, self.nodes + 1)
                 weight = 1 / (choice + math.sqrt(self.nodes))
                 sizes = rng.choice(choice, n, p=weight / weight.sum())
             ids, lengths = self._names(n, rng)
