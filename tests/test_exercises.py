@@ -14,30 +14,18 @@ check needs is defined in cells tagged ``exercise-setup``: these alone are execu
 
 import ast
 import functools
-import importlib.util
 import re
-from pathlib import Path
 
 import matplotlib
 import nbformat
 import numba
 import pytest
 import torch
+from test_book import builder
 
 matplotlib.use("Agg")
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("stub", "check", "solution", "mistake")
-
-
-def load_builder():
-    spec = importlib.util.spec_from_file_location("book_build", ROOT / "book" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = load_builder()
 
 
 def tagged(notebook, tag):

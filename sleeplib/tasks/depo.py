@@ -84,8 +84,8 @@ class Depo:
             )
         if len(self._chunks) > 1 and self.queries > self.fewest:
             raise ValueError(
-                f"queries must be at most fewest = {self.fewest}, so that every cycle has as many, or fit into "
-                f"a window of {self.window} tokens; got {self.queries} of {self._query} tokens"
+                f"queries must be at most fewest = {self.fewest}, so that each cycle has as many, or fit "
+                f"into a window of {self.window} tokens; got {self.queries} of {self._query} tokens"
             )
 
     @property
