@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(self, size, eps=1e-6):
@@ -148,7 +148,7 @@ class ShortConvolution(nn.Module):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(self, channels, taps=4):
@@ -175,7 +175,7 @@ class DynamicConvolution(nn.Module):
     The first weight is random and the second zero: with both zero neither would get a gradient.  So it starts
     as an ordinary convolution, given by the bias.
 
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(self, d_model, channels, taps=4):
@@ -222,7 +222,7 @@ class GatedDeltaNet(nn.Module):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class SwiGLU(nn.Module):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(self, d_model, hidden):

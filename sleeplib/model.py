@@ -53,7 +53,7 @@ class ModelConfig:
     -----
     Equations (4) and (5) of the paper: a pattern of ``a`` alone is a transformer, ``agag`` the hybrid.
 
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     vocab_size: int
@@ -144,7 +144,7 @@ class Block(nn.Module):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(self, kind, config):
@@ -186,7 +186,7 @@ class HybridLM(nn.Module):
     Projections start at N(0, 1 / fan_in) in variance, the output projection of every mixer and feed-forward
     layer at zero (a block starts as the identity, so N passes start as one), embeddings at N(0, 1).
 
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
 
     def __init__(self, config):

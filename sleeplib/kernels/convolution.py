@@ -68,7 +68,7 @@ def causal_convolution(x, weight):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         return _Convolution.apply(x, weight)

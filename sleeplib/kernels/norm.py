@@ -78,7 +78,7 @@ def rms_norm(x, weight, eps):
 
     Notes
     -----
-    Chapter: 08_sleep
+    Chapter: 06_hybrid
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         return _RMSNorm.apply(x, weight, eps)
