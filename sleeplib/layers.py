@@ -21,7 +21,10 @@ from .kernels import causal_convolution, gated_delta_rule, gated_hebbian_rule, r
 
 
 class Memory(NamedTuple):
-    """What one block carries from token to token; see the module's first lines."""
+    """What one block carries from token to token; see the module's first lines.
+
+    Chapter: 04_delta_rule
+    """
 
     S: torch.Tensor | None = None
     kv: tuple | None = None

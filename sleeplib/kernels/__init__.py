@@ -80,7 +80,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     -----
     Equation (3) of the paper with the delta-rule correction of its section 2.
 
-    Chapter: 08_sleep
+    Chapter: 04_delta_rule
     """
     return _dispatch(q, k, v, g, beta, initial_state, scale, backend, validate, delta=True)
 
