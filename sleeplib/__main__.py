@@ -51,6 +51,7 @@ def run(args):
         args.out,
         resume=args.resume,
         stop_after=args.stop_after,
+        keep=args.keep,
     )
     print(summary(record))
     if record["status"].startswith("interrupted"):
@@ -82,7 +83,9 @@ def reproduce(args):
                 if (n, seed) not in finished or args.again:
                     command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]
                     command += ["--passes", str(n), "--seed", str(seed)]
-                    commands.append(command + (["--out", str(args.out)] if args.out else []))
+                    for option in ("out", "keep"):
+                        command += [f"--{option}", value] if (value := getattr(args, option)) else []
+                    commands.append(command)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(subprocess.run, command, env=environment) for command in commands]
         try:
@@ -175,11 +178,13 @@ def parser():
     p.add_argument("--out", help="folder of the records (default: data/results)")
     p = add("reproduce", reproduce)
     p.add_argument("task", choices=tasks.TASKS)
-    p.add_argument("--scale", choices=("quick", "small", "paper"), default="quick")
+    p.add_argument("--scale", choices=("quick", "small", "paper", "ablation"), default="quick")
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
     p.add_argument("--again", action="store_true", help="also the runs that have a finished record")
     p.add_argument("--out", help="folder of the records (default: data/results)")
+    for command in (commands.choices["run"], p):
+        command.add_argument("--keep", metavar="FOLDER", help="save trained models there, in half precision")
     p = add("bench", bench)
     p.add_argument("--repeats", type=int, default=9)
     add("doctor", doctor)

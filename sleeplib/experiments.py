@@ -197,6 +197,19 @@ def _rule110_presets():
         seeds=(0,),
         about="rule110-quick without sleep, run on until it learns too",
     )
+    yield dataclasses.replace(
+        quick,
+        name="rule110-ablation-hebbian",
+        model=dataclasses.replace(quick.model, pattern="ahah"),
+        about="rule110-quick, fast weights written by the Hebbian rule",
+    )
+    yield dataclasses.replace(
+        quick,
+        name="rule110-ablation-deep",
+        model=dataclasses.replace(quick.model, pattern="ag" * 8),
+        passes=(1,),
+        about="rule110-quick without sleep, four times as deep: the training FLOPs of N = 4 and 6 % more",
+    )
     paper = Experiment(
         name="rule110-paper",
         task=Rule110(width=24, strings=4, steps=32),

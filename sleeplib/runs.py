@@ -1,6 +1,7 @@
 """A run from start to record: checkpoints that resume to the bit, one JSON file at the end."""
 
 import json
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,7 +93,18 @@ def make_record(trainer, status, command, commit, dirty):
     )
 
 
-def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, stop_after=None, progress=True):
+def run(
+    experiment,
+    passes,
+    seed=0,
+    device="auto",
+    out=None,
+    *,
+    resume=False,
+    stop_after=None,
+    keep=None,
+    progress=True,
+):
     """Train one preset with one N and one seed, and write its record.
 
     Parameters
@@ -109,6 +121,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, st
         Go on from the run's checkpoint, if there is one.
     stop_after : int, optional
         Stop after that many steps more; the checkpoint stays for the next call.
+    keep : path_like, optional
+        Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
     progress : bool
         Show a progress bar on a terminal.
 
@@ -149,4 +163,6 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, st
     records.save_record(record, out)
     if status == "done":
         checkpoint.unlink(missing_ok=True)
+        if keep is not None:
+            trainer.model.half().save(Path(keep) / path.parent.name / path.stem)
     return record

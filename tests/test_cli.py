@@ -4,7 +4,9 @@ import subprocess
 import sys
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
 from test_training import TINY
 
 import sleeplib as sl
@@ -50,6 +52,18 @@ def test_run_writes_a_record_and_says_so(capsys, tmp_path):
     assert code == 0 and "rule110-quick N=2 seed=5: done; loss " in out
     (record,) = records.load_records("rule110-quick", out=tmp_path)
     assert record["seed"] == 5 and record["config"]["task"]["width"] == 8
+
+
+def test_a_trained_model_is_kept_in_half_precision_once_the_run_is_done(capsys, tmp_path):
+    keep = ("--keep", str(tmp_path / "kept"))
+    assert "stopped after step 3" in call(capsys, *tiny_run(tmp_path, "--stop-after", "3", *keep))[1]
+    assert not (tmp_path / "kept").exists()
+    assert call(capsys, *tiny_run(tmp_path, "--resume", *keep))[0] == 0
+    model = sl.HybridLM.from_checkpoint(tmp_path / "kept" / "rule110-quick" / "N2-seed0")
+    assert model.head.weight.dtype == torch.float16
+    task = sl.tasks.Rule110(width=8, strings=2, steps=6)
+    batch = task.batch(4, np.random.default_rng(0), split="test")
+    assert sl.training.evaluate(model.float(), task, batch, passes=2).keys() == task.chance().keys()
 
 
 def test_run_in_pieces(capsys, tmp_path):
