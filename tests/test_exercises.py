@@ -18,7 +18,6 @@ import re
 
 import matplotlib
 import nbformat
-import numba
 import pytest
 import torch
 from test_book import builder
@@ -80,12 +79,10 @@ def setup(source):
 @pytest.fixture(autouse=True)
 def threads():
     """One thread, as the chapters ask for; afterwards what was there before."""
-    before = torch.get_num_threads(), numba.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    numba.set_num_threads(1)
     yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
+    torch.set_num_threads(before)
 
 
 CASES = [
