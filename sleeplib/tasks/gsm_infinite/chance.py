@@ -1,0 +1,49 @@
+"""What can be scored without reading the context."""
+
+import random
+from collections import Counter
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from .language import WORDS
+from .problem import draw_bare, draw_until
+
+MODES = ("forward", "reverse")
+LEVELS = ("medium", "hard")
+SAMPLE = 300  # held-out problems for each mode and op count
+
+
+def target_words(task, problem):
+    """What should be answered, in words of the closed vocabulary."""
+    steps = [*WORDS.findall(problem.solution), "<answer>"] if task.solution else []
+    return [*steps, str(problem.answer)]
+
+
+@lru_cache
+def estimate_chance(task):
+    """See :meth:`GSMInfinite.chance`."""
+    draw, cells = random.Random(13), {}
+    counts = range(task.ops[0], task.ops[1] + 1)
+    for mode, ops in product(task.modes, counts):
+        words = Counter()
+        for _ in range(SAMPLE):
+            cell = dict(level=draw.choice(task.levels), theme=draw.choice(task.themes))
+            bare = draw_until(draw_bare, draw, task, "test", mode=mode, ops=ops, **cell)
+            words.update(target_words(task, bare))
+        share = np.array(list(words.values())) / words.total()
+        best = float(share.max())
+        loss = float(-(share * np.log(share)).sum())
+        cells[mode, ops] = dict(loss=loss, token=best, exact=0.0 if task.solution else best)
+
+    def mean(key, members):
+        return float(np.mean([cells[member][key] for member in members]))
+
+    result = {key: mean(key, cells) for key in ("loss", "token", "exact")}
+    for ops in counts:
+        groups = {f"{ops}": [(mode, ops) for mode in task.modes]}
+        groups |= {f"{mode}-{ops}": [(mode, ops)] for mode in task.modes}
+        for name, members in groups.items():
+            result |= {f"{key}/{name}": mean(key, members) for key in ("loss", "exact")}
+    return result

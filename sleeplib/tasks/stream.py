@@ -1,0 +1,57 @@
+"""Batches drawn ahead by worker processes."""
+
+from itertools import count as count_from
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+
+class _Steps(IterableDataset):
+    """The batches of a run from one step on; each worker draws every so manieth."""
+
+    def __init__(self, task, count, seed, start, split):
+        self.task, self.count, self.seed, self.start, self.split = task, count, seed, start, split
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step in count_from(self.start + first, stride):
+            yield self.task.batch(self.count, np.random.default_rng([*self.seed, step]), split=self.split)
+
+
+def stream(task, count, seed, *, start=0, split="train", workers=0):
+    """Draw batches without end, ahead of time if there are workers.
+
+    Parameters
+    ----------
+    task : Rule110
+        Any task of :mod:`sleeplib.tasks`.
+    count : int
+        B.
+    seed : int or sequence of int
+        Batch number `step` comes from ``numpy.random.default_rng([*seed, step])``, for any `workers`.
+    start : int
+        Step of the first batch.
+    split : {"train", "test"}
+    workers : int
+        Processes that draw; 0 draws when asked.
+
+    Returns
+    -------
+    iterator of Batch
+
+    Raises
+    ------
+    ValueError
+        If `workers` or `start` is not an int of at least 0.
+
+    Notes
+    -----
+    Chapter: 13_gsm_infinite
+    """
+    for name, value in (("start", start), ("workers", workers)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an int of at least 0; got {value!r}")
+    seed = tuple(seed) if np.ndim(seed) else (seed,)
+    steps = _Steps(task, count, seed, start, split)
+    return iter(DataLoader(steps, batch_size=None, num_workers=workers))
