@@ -1,0 +1,31 @@
+"""Run what a chapter quotes but is too long for its page: ``python book/record.py 06_hybrid``.
+
+The chapter's cells tagged ``exercise-setup`` define ``record()``, which takes minutes and returns plain data.
+Its result goes to ``data/results/<chapter>.json``, with what ran it.
+"""
+
+import json
+import sys
+
+from build import ROOT, assemble, sources
+
+from sleeplib import records
+
+
+def main(chapter):
+    """Execute the setup cells of one chapter, call its record(), write the file."""
+    (source,) = (s for s in sources() if s.stem == chapter)
+    namespace = {"__name__": "chapter"}
+    for cell in assemble(source).cells:
+        if "exercise-setup" in cell.metadata.get("tags", []):
+            exec(compile(cell.source, source.name, "exec"), namespace)
+    commit, dirty = records.commit()
+    made = dict(command=f"python book/record.py {chapter}", commit=commit, dirty=dirty)
+    made |= dict(versions=records.versions(), device=records.processor(), result=namespace["record"]())
+    path = ROOT / "data" / "results" / f"{chapter}.json"
+    records.write_atomically(path, (json.dumps(made, indent=1) + "\n").encode())
+    print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
