@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE ?= 1
 SCALE ?= quick
+TASKS ?= rule110 depo
 WORKERS ?= 2
 
 PY := .venv/bin/python
@@ -50,8 +51,8 @@ notebooks: $(STAMP)  ## execute the chapters whose source changed (ALL=1: all of
 lab: $(STAMP)  ## open the chapters in JupyterLab
 	.venv/bin/jupyter-lab --notebook-dir=book
 
-reproduce: $(STAMP)  ## run the quick reproductions and write their records (SCALE=small: one GPU)
-	$(PY) -m sleeplib reproduce rule110 --scale $(SCALE)
+reproduce: $(STAMP)  ## run the quick reproductions and write their records (TASKS=depo, SCALE=small: one GPU)
+	for task in $(TASKS); do $(PY) -m sleeplib reproduce $$task --scale $(SCALE) || exit; done
 
 clean:  ## remove what was built; keep .venv, records and checkpoints
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
