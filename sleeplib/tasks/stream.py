@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 
 class _Steps(IterableDataset):
-    """The batches of a run from one step on; each worker draws every so manieth."""
+    """The batches of a run from one step on; of W workers each draws every W-th."""
 
     def __init__(self, task, count, seed, start, split):
         self.task, self.count, self.seed, self.start, self.split = task, count, seed, start, split

@@ -55,7 +55,7 @@ class Problem:
     distractors: tuple[str, ...]
 
     def without_distractors(self):
-        """The context that is left when the distractors are deleted."""
+        """The context that is left when the distractors are deleted, a str."""
         context = f"{self.context} "
         for text in self.distractors:
             context = context.replace(f"{text} ", "", 1)

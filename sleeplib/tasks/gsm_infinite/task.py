@@ -82,7 +82,9 @@ class GSMInfinite:
 
     Each number is one token, so that an answer is one label and ``exact`` needs no decoding; a smaller
     `max_value` keeps a small vocabulary.  The split depends on the problem without its distractors, in any
-    order: one in eight is never seen in training, whatever stands around it.
+    order: one in eight is never seen in training, whatever stands around it.  Where places and kinds are so
+    few that only some dozens of such problems exist, the answers of the two splits differ; chance is that of
+    the test split.
 
     Chapter: 13_gsm_infinite
     """
@@ -184,7 +186,7 @@ class GSMInfinite:
         return self._draw(draw, split, mode, ops, self._reader(tokenizer))
 
     def join(self, question, context):
-        """One text of a question and a context, in the order of `question_first`."""
+        """Put a question and a context, both str, into one str in the order of `question_first`."""
         return f"{question} {context}" if self.question_first else f"{context} {question}"
 
     def encode(self, problem, tokenizer=None):
@@ -200,6 +202,11 @@ class GSMInfinite:
         -------
         tuple of three lists of int
             Question and context; the mark that asks; what should be answered.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the tokenizer does not fit.
         """
         return self._encode(problem, self._reader(tokenizer))
 
@@ -291,8 +298,8 @@ class GSMInfinite:
         Returns
         -------
         dict of str to float
-            The keys of :meth:`score`, from a fixed sample of the test split.  With `solution` the commonest
-            token, which never gets all steps right.
+            The keys of :meth:`score`, from a fixed sample of the test split, drawn once.  With `solution` it
+            is the commonest token, which never gets all steps right.
         """
         return dict(estimate_chance(self))
 
