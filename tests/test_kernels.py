@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from unittest.mock import patch
 
 import numpy as np
 import oracles
@@ -15,7 +16,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 import sleeplib as sl
 from sleeplib import kernels
-from sleeplib.kernels import chunked, fla, reference
+from sleeplib.kernels import chunked, fla, jit, reference
 
 BACKENDS = ("reference", "chunked")
 RULES = {True: sl.gated_delta_rule, False: sl.gated_hebbian_rule}
@@ -388,6 +389,40 @@ def test_low_precision_takes_the_other_path_to_the_same_place():
     close(kernels.causal_convolution(x, weight.bfloat16()), wanted.bfloat16())
     wanted = kernels.rms_norm(x.float(), weight[0], 1e-6)
     close(kernels.rms_norm(x, weight[0], 1e-6), wanted.bfloat16())
+
+
+@pytest.fixture
+def many_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_share_the_work_and_change_nothing(many_threads):
+    x = draw(19, B=13, H=3, dtype=torch.float32)
+
+    def everything():
+        outputs = call(sl.gated_delta_rule, x, backend="reference")
+        return *outputs, *gradients(outputs, x).values()
+
+    calls = []
+    with patch.object(jit, "GRAIN", 1):
+        shared = everything()
+        jit.launch(lambda first, last, y: calls.append((first, last)), 37, torch.zeros(5))
+    assert len(calls) > 3 and sorted(i for part in calls for i in range(*part)) == list(range(37))
+    torch.set_num_threads(1)
+    for a, b in zip(shared, everything(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_fault_in_a_thread_is_not_swallowed(many_threads):
+    def fault(first, last, x):
+        if first > 0:
+            raise ZeroDivisionError
+
+    with patch.object(jit, "GRAIN", 1), pytest.raises(ZeroDivisionError):
+        jit.launch(fault, 12, torch.zeros(5))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
