@@ -164,12 +164,14 @@ class Experiment:
 
 def _read(key, value, hint):
     """Read a setting's text as its field's type."""
-    if isinstance(value, str) and hint is not str:
-        try:
-            value = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
-        except ValueError:
-            raise ValueError(f"{key}: cannot read {value!r} as {getattr(hint, '__name__', hint)}") from None
     allowed = typing.get_args(hint) or (hint,)
+    if isinstance(value, str) and hint is not str:
+        text = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+        try:
+            value = json.loads(text.translate(str.maketrans("()", "[]")))
+        except ValueError:
+            if str not in allowed:
+                raise ValueError(f"{key}: cannot read {value!r} as {getattr(hint, '__name__', hint)}") from None
     if isinstance(value, list):
         value = tuple(value)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):

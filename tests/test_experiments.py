@@ -74,6 +74,15 @@ def test_true_and_none_may_be_written_as_in_python():
     assert QUICK.replace({"train.graph": "True"}).train.graph is True
     assert QUICK.replace({"model.loop": "None"}).model.loop is None
     assert QUICK.replace({"train.clip": "2"}).train.clip == 2.0
+    assert QUICK.replace({"model.loop": "(1, 3)"}).model.loop == (1, 3)
+
+
+def test_a_word_may_stand_bare_where_none_is_allowed_too():
+    story = dataclasses.replace(QUICK, task=sl.tasks.GSMInfinite())
+    assert story.replace({"task.theme": "harbor"}).task.theme == "harbor"
+    assert story.replace({"task.theme": "None"}).task.theme is None
+    with pytest.raises(ValueError, match="theme"):
+        story.replace({"task.theme": "desert"})
 
 
 BAD = {
