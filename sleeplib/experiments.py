@@ -171,7 +171,8 @@ def _read(key, value, hint):
             value = json.loads(text.translate(str.maketrans("()", "[]")))
         except ValueError:
             if str not in allowed:
-                raise ValueError(f"{key}: cannot read {value!r} as {getattr(hint, '__name__', hint)}") from None
+                kind = getattr(hint, "__name__", hint)
+                raise ValueError(f"{key}: cannot read {value!r} as {kind}") from None
     if isinstance(value, list):
         value = tuple(value)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
