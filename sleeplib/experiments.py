@@ -44,7 +44,7 @@ class TrainConfig:
 
     Notes
     -----
-    Section 5 of the paper fixes the optimizers: Muon on hidden matrices, AdamW on the rest.
+    Section 6 of the paper fixes the optimizers: Muon on hidden matrices, AdamW on the rest.
 
     Chapter: 11_rule110
     """

@@ -78,7 +78,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
 
     Notes
     -----
-    Equation (3) of the paper with the delta-rule correction of its section 2.
+    Equation (3) of the paper with the delta-rule correction of its section 3.1.
 
     Chapter: 04_delta_rule
     """
