@@ -1,7 +1,7 @@
 """Run what a chapter quotes but is too long for its page: ``python book/record.py 06_hybrid``.
 
 The chapter's cells tagged ``exercise-setup`` define ``record()``, which takes minutes and returns plain data.
-Its result goes to ``data/results/<chapter>.json``, with what ran it.
+Its result goes to ``data/chapters/<chapter>.json``, with what ran it.
 """
 
 import json
@@ -22,7 +22,7 @@ def main(chapter):
     commit, dirty = records.commit()
     made = dict(command=f"python book/record.py {chapter}", commit=commit, dirty=dirty)
     made |= dict(versions=records.versions(), device=records.processor(), result=namespace["record"]())
-    path = ROOT / "data" / "results" / f"{chapter}.json"
+    path = ROOT / "data" / "chapters" / f"{chapter}.json"
     records.write_atomically(path, (json.dumps(made, indent=1) + "\n").encode())
     print(path.relative_to(ROOT))
 
