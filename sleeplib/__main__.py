@@ -73,7 +73,7 @@ def reproduce(args):
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     # Separate processes with one thread each waste less than threads that wait for one another.
     threads = str(max(1, os.cpu_count() // jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
     commands = []
     for experiment in chosen:
         found = records.load_records(experiment.name, out=args.out)

@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch and Numba load their OpenMP
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads its OpenMP
