@@ -17,7 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels import causal_convolution, gated_delta_rule, gated_hebbian_rule, rms_norm
+from .kernels import (
+    causal_convolution,
+    gated_delta_rule,
+    gated_hebbian_rule,
+    rms_norm,
+    rotate_pairs,
+    softmax_attention,
+    swiglu,
+    unit_heads,
+    with_context,
+)
+
+SHORT = 64  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
 
 
 class Memory(NamedTuple):
@@ -44,7 +56,7 @@ def project(x, *layers):
 
 
 class RMSNorm(nn.Module):
-    r"""Root-mean-square norm, ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis.
+    r"""Root-mean-square norm, ``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, gated if wanted.
 
     Parameters
     ----------
@@ -63,18 +75,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x, gate=None):
+        """Map x (..., size) to y (..., size), times ``silu(gate)`` where there is a gate (..., size)."""
+        return rms_norm(x, self.weight, self.eps, gate)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a table first made in inference mode must serve training too
 def _angles(length, size, base, dtype, device):
-    """cos and signed sin of the rotary angles of positions 0 .. length - 1, each (length, 1, size)."""
+    """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, size / 2)."""
     rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
-    angles = torch.arange(length, dtype=torch.float64, device=device).outer(rates).repeat(1, 2).unsqueeze(1)
-    sign = torch.tensor([-1.0, 1.0], device=device).repeat_interleave(size // 2)
-    return angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
+    angles = torch.arange(length, dtype=torch.float64, device=device).outer(rates)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, start, base):
@@ -86,9 +98,7 @@ def rotate(x, start, base):
     Chapter: 01_attention
     """
     T, K = x.shape[1], x.shape[3]
-    cos, sin = (table[start:] for table in _angles(start + T, K, base, x.dtype, x.device))
-    one, two = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((two, one), dim=-1) * sin
+    return rotate_pairs(x, *(table[start:] for table in _angles(start + T, K, base, x.dtype, x.device)))
 
 
 class Attention(nn.Module):
@@ -117,28 +127,28 @@ class Attention(nn.Module):
         q, k, v = project(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if memory.kv is not None:
             k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)
-        T, S = q.shape[1], k.shape[1]
-        whole = window is None or window >= S
-        mask = None
-        if T > 1 and not (whole and S == T) or not whole:
-            age = torch.arange(S - T, S, device=x.device).unsqueeze(1) - torch.arange(S, device=x.device)
-            mask = (age >= 0) if whole else (age >= 0) & (age < window)  # (T, S), age of a key for a query
-        y = F.scaled_dot_product_attention(
-            rotate(q, S - T, self.rope_base).transpose(1, 2),
-            rotate(k, 0, self.rope_base).transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-        )
-        return self.o(y.transpose(1, 2).flatten(2)), Memory(kv=(k, v))
+        turned = rotate(q, k.shape[1] - q.shape[1], self.rope_base), rotate(k, 0, self.rope_base)
+        return self.o(attend(*turned, v, window).flatten(2)), Memory(kv=(k, v))
 
 
-def with_context(x, context, taps):
-    """x (B, T, C) behind its newest ``taps - 1`` predecessors (zeros if None), and the next context."""
-    if context is None:
-        context = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
-    x = torch.cat((context.to(x.dtype), x), dim=1)
-    return x, x[:, x.shape[1] - (taps - 1) :]
+def attend(q, k, v, window=None):
+    """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys."""
+    T, S = q.shape[1], k.shape[1]
+    if q.device.type == "cpu" and S <= SHORT and q.dtype in (torch.float32, torch.float64):
+        return softmax_attention(q, k, v, window=window)
+    whole, mask = window is None or window >= S, None
+    if T > 1 and not (whole and S == T) or not whole:
+        age = torch.arange(S - T, S, device=q.device).unsqueeze(1) - torch.arange(S, device=q.device)
+        mask = (age >= 0) if whole else (age >= 0) & (age < window)  # (T, S), age of a key for a query
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    return y.transpose(1, 2)
+
+
+def newest(x, context, count):
+    """The newest `count` of the inputs x (B, T, C) and, before them, context (B, count, C) or zeros."""
+    T = x.shape[1]
+    return x[:, T - count :] if T >= count else with_context(x, context, count + 1)[:, T:]
 
 
 class ShortConvolution(nn.Module):
@@ -161,8 +171,7 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x, context):
         """Map x (B, T, C) and its context (B, taps - 1, C) or None to y (B, T, C) and the next context."""
-        x, context = with_context(x, context, self.taps)
-        return F.silu(causal_convolution(x, self.weight)), context
+        return causal_convolution(x, self.weight, context, silu=True), newest(x, context, self.taps - 1)
 
 
 class DynamicConvolution(nn.Module):
@@ -192,16 +201,9 @@ class DynamicConvolution(nn.Module):
     def forward(self, values, x, context):
         """Filter values (B, T, C) by the kernels that x (B, T, D) asks for; also the next context."""
         filters = self.up(F.silu(self.down(x))).unflatten(-1, (self.taps, -1))  # (B, T, taps, C)
-        T = values.shape[1]
-        values, context = with_context(values, context, self.taps)
-        y = sum(values[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
-        return F.silu(y), context
-
-
-def unit(x, eps=1e-6):
-    """Scale x (..., K) to length 1, ``x / sqrt(sum(x^2) + eps)``: an RMS norm in other words."""
-    K = x.shape[-1]
-    return rms_norm(x, x.new_full((K,), K**-0.5), eps / K)
+        T, past = values.shape[1], with_context(values, context, self.taps)
+        y = sum(past[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
+        return F.silu(y), newest(values, context, self.taps - 1)
 
 
 class GatedDeltaNet(nn.Module):
@@ -254,20 +256,18 @@ class GatedDeltaNet(nn.Module):
         H, K, V = self.num_heads, self.key_size, self.value_size
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)
         qkv, gate, a, b = y.split((2 * H * K + H * V, H * V, H, H), dim=-1)
-        if not self.dynamic:
-            qkv, conv = self.conv(qkv, memory.conv)
-        q, k, v = qkv.split((H * K, H * K, H * V), dim=-1)
         if self.dynamic:
-            q, k = F.silu(q), F.silu(k)
+            qk, v = qkv.split((2 * H * K, H * V), dim=-1)
             v, conv = self.conv(v, x, memory.conv)
-        q, k = (unit(z.unflatten(-1, (H, K))) for z in (q, k))
+            qkv = torch.cat((F.silu(qk), v), dim=-1)
+        else:
+            qkv, conv = self.conv(qkv, memory.conv)
+        q, k, v = unit_heads(qkv, H, K)
         wide = torch.promote_types(torch.float32, self.A_log.dtype)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
         beta = b.to(wide).sigmoid()
-        v = v.unflatten(-1, (H, V))
         o, S = self.rule(q, k, v, g=g, beta=beta, initial_state=memory.S, backend=self.backend)
-        y = self.norm(o) * F.silu(gate).unflatten(-1, (H, V))
-        return self.o(y.flatten(2)), Memory(S=S, conv=conv)
+        return self.o(self.norm(o, gate.unflatten(-1, (H, V))).flatten(2)), Memory(S=S, conv=conv)
 
 
 class SwiGLU(nn.Module):
@@ -289,4 +289,4 @@ class SwiGLU(nn.Module):
         self.down = linear(hidden, d_model, zero=True)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(project(x, self.gate, self.up)))

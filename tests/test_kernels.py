@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from tiny import close
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 import sleeplib as sl
-from sleeplib import kernels
+from sleeplib import kernels, layers
 from sleeplib.kernels import chunked, fla, jit, reference
 
 BACKENDS = ("reference", "chunked")
@@ -329,12 +330,14 @@ def test_validation_can_be_switched_off():
 )
 def test_softmax_attention(T, cached, window, scale, dtype):
     generator = torch.Generator().manual_seed(T)
-    q = torch.randn(2, T, 2, 4, generator=generator, dtype=torch.float64)
+    q = torch.randn(2, T, 2, 4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     k, v = (torch.randn(2, cached + T, 2, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+    k, v = (x.to(dtype).requires_grad_() for x in (k, v))
     age = torch.arange(cached, cached + T)[:, None] - torch.arange(cached + T)
     visible = (age >= 0) & (age < (window or 99))
-    ours = kernels.softmax_attention(*(x.to(dtype) for x in (q, k, v)), window=window, scale=scale)
-    close(ours, oracles.attention(q, k, v, visible, scale).to(dtype))
+    ours = kernels.softmax_attention(q, k, v, window=window, scale=scale)
+    truth = oracles.attention(*(x.double() for x in (q, k, v)), visible, scale).to(dtype)
+    agree_with_torch(ours, truth, (q, k, v))
 
 
 @pytest.mark.parametrize(
@@ -360,35 +363,119 @@ def agree_with_torch(ours, truth, leaves):
         close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("taps, T, strided", [(1, 3, False), (4, 1, False), (4, 9, True), (2, 70, False)])
-def test_causal_convolution(dtype, taps, T, strided):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, T + taps - 1, 5, generator=generator).to(dtype)
-    x = (x.mT.contiguous().mT if strided else x).requires_grad_()
-    weight = torch.randn(taps, 5, generator=generator).to(dtype).requires_grad_()
-    truth = F.conv1d(x.mT, weight.T.unsqueeze(1), groups=5).mT
-    agree_with_torch(kernels.causal_convolution(x, weight), truth, (x, weight))
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def noise(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def test_exp_in_float32_is_right_to_seven_digits_and_keeps_nan():
+    @njit
+    def apply(x, y):
+        for i in range(len(x)):
+            y[i] = jit.exp(x[i])
+
+    x = np.linspace(-86, 88, 100_001).astype(np.float32)
+    y = np.empty_like(x)
+    apply(x, y)
+    assert (np.abs(y / np.exp(x.astype(np.float64)) - 1) < 3e-7).all()
+    apply(np.array([-np.inf, -1e30, np.nan, np.inf], np.float32), y)
+    assert 0 <= y[0] < 1e-37 and 0 <= y[1] < 1e-37 and np.isnan(y[2]) and y[3] > 1e38
+
+
+@PRECISIONS
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "context"])
+@pytest.mark.parametrize(
+    "B, taps, T, form", [(3, 1, 3, ""), (3, 4, 1, ""), (9, 4, 9, "part"), (3, 2, 70, "odd")]
+)
+def test_causal_convolution(dtype, B, taps, T, form, given, silu):
+    x = noise(B, T, 5, dtype=dtype)
+    ours = x
+    if form == "part":  # columns of something wider, as the layers cut them
+        x = noise(B, T, 9, dtype=dtype)
+        ours = x[..., 2:7]
+    elif form == "odd":
+        x = x.detach().mT.contiguous().mT.requires_grad_()
+        ours = x
+    weight, context = noise(taps, 5, seed=1, dtype=dtype), noise(B, taps - 1, 5, seed=2, dtype=dtype)
+    before = context if given else torch.zeros_like(context)
+    truth = F.conv1d(torch.cat((before, ours), 1).mT, weight.T.unsqueeze(1), groups=5).mT
+    truth = F.silu(truth) if silu else truth
+    result = kernels.causal_convolution(ours, weight, context if given else None, silu)
+    agree_with_torch(result, truth, (x, weight, context) if given and taps > 1 else (x, weight))
+
+
+@PRECISIONS
 @pytest.mark.parametrize("shape", [(7,), (1, 5), (2, 65, 6), (3, 2, 70, 1)], ids=str)
 def test_rms_norm(dtype, shape):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(shape[-1], generator=generator).to(dtype).requires_grad_()
+    x, weight = noise(*shape, dtype=dtype), noise(shape[-1], seed=1, dtype=dtype)
     truth = F.rms_norm(x, weight.shape, weight, 1e-3)
     agree_with_torch(kernels.rms_norm(x, weight, 1e-3), truth, (x, weight))
 
 
+@PRECISIONS
+@pytest.mark.parametrize("B, T, H, n", [(1, 1, 1, 3), (2, 1, 2, 5), (2, 70, 3, 4), (1, 3, 70, 2)])
+@pytest.mark.parametrize("part", [False, True])
+def test_gated_rms_norm(dtype, B, T, H, n, part):
+    x, weight = noise(B, T, H, n, dtype=dtype), noise(n, seed=1, dtype=dtype)
+    wide = noise(B, T, H * n + 3 * part, seed=2, dtype=dtype)
+    gate = wide[..., 2 * part : H * n + 2 * part].unflatten(-1, (H, n))
+    truth = F.rms_norm(x, (n,), weight, 1e-3) * F.silu(gate)
+    agree_with_torch(kernels.rms_norm(x, weight, 1e-3, gate), truth, (x, weight, wide))
+
+
+@PRECISIONS
+@pytest.mark.parametrize("B, T, H, K, V", [(1, 1, 1, 1, 1), (2, 3, 2, 4, 6), (3, 40, 3, 2, 3)])
+def test_unit_heads(dtype, B, T, H, K, V):
+    x = noise(B, T, H * (2 * K + V), dtype=dtype)
+    q, k, v = x.split((H * K, H * K, H * V), dim=-1)
+    truth = *(oracles.unit(z.unflatten(-1, (H, K))) for z in (q, k)), v.unflatten(-1, (H, V))
+    joined = (torch.cat([z.flatten(2) for z in part], -1) for part in (kernels.unit_heads(x, H, K), truth))
+    agree_with_torch(*joined, (x,))
+
+
+@PRECISIONS
+@pytest.mark.parametrize("shape", [(2,), (3, 8), (2, 40, 70)], ids=str)
+def test_swiglu(dtype, shape):
+    x = noise(*shape, dtype=dtype)
+    gate, up = x.chunk(2, dim=-1)
+    agree_with_torch(kernels.swiglu(x), F.silu(gate) * up, (x,))
+
+
+@PRECISIONS
+def test_rotation_of_a_part(dtype):
+    x, (cos, sin) = noise(2, 9, 3, 4, 6, dtype=dtype), layers._angles(9, 6, 100.0, dtype, torch.device("cpu"))
+    for part in x.unbind(2):
+        truth = oracles.rotate(part, torch.arange(9), 100.0).to(dtype)
+        agree_with_torch(kernels.rotate_pairs(part, cos, sin), truth, (x,))
+
+
 def test_low_precision_takes_the_other_path_to_the_same_place():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 9, 5, generator=generator).bfloat16()
-    weight = torch.randn(4, 5, generator=generator)
-    wanted = kernels.causal_convolution(x.float(), weight.bfloat16().float())
-    close(kernels.causal_convolution(x, weight.bfloat16()), wanted.bfloat16())
-    wanted = kernels.rms_norm(x.float(), weight[0], 1e-6)
-    close(kernels.rms_norm(x, weight[0], 1e-6), wanted.bfloat16())
+    x, context = (torch.randn(2, n, 6, generator=generator).bfloat16() for n in (9, 3))
+    weight = torch.randn(4, 6, generator=generator).bfloat16()
+    low = dict(
+        conv=kernels.causal_convolution(x, weight, context, silu=True),
+        norm=kernels.rms_norm(x, weight[0].float(), 1e-6, x),
+    )
+    wide = x.float(), weight.float(), context.float()
+    high = dict(
+        conv=kernels.causal_convolution(*wide, silu=True),
+        norm=kernels.rms_norm(wide[0], wide[1][0], 1e-6, wide[0]),
+    )
+    low["swiglu"], high["swiglu"] = kernels.swiglu(x), kernels.swiglu(wide[0])
+    low["heads"], high["heads"] = (
+        torch.cat([z.flatten(2) for z in kernels.unit_heads(y, 1, 2)], -1) for y in (x, wide[0])
+    )
+    cos, sin = layers._angles(9, 6, 100.0, torch.float32, torch.device("cpu"))
+    low["turn"], high["turn"] = (
+        kernels.rotate_pairs(y.unsqueeze(2), cos.to(y.dtype), sin.to(y.dtype)) for y in (x, wide[0])
+    )
+    for name in low:
+        close(low[name], high[name].bfloat16(), what=name)
 
 
 @pytest.fixture

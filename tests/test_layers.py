@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import close, tiny_model
 
 import sleeplib as sl
-from sleeplib import layers
+from sleeplib import kernels, layers
 from sleeplib.layers import Memory
 
 
@@ -91,8 +91,8 @@ def test_tables_made_without_gradients_serve_training():
 
 def test_unit_has_length_one_and_survives_zero():
     x = noise(2, 3, 2, 5)
-    close(layers.unit(x), oracles.unit(x))
-    assert not layers.unit(torch.zeros(1, 1, 1, 4)).any()
+    close(kernels.unit(x), oracles.unit(x))
+    assert not kernels.unit(torch.zeros(1, 1, 1, 4)).any()
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])

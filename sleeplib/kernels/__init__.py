@@ -15,9 +15,10 @@ import math
 import torch
 
 from . import chunked, fla, reference
-from .attention import softmax_attention
-from .convolution import causal_convolution
-from .norm import rms_norm
+from .attention import rotate_pairs, softmax_attention
+from .convolution import causal_convolution, with_context
+from .gate import swiglu
+from .norm import rms_norm, unit, unit_heads
 from .walks import khop_walk, rule110_history, rule110_rollout
 
 __all__ = [
@@ -26,9 +27,14 @@ __all__ = [
     "gated_hebbian_rule",
     "khop_walk",
     "rms_norm",
+    "rotate_pairs",
     "rule110_history",
     "rule110_rollout",
     "softmax_attention",
+    "swiglu",
+    "unit",
+    "unit_heads",
+    "with_context",
 ]
 
 BACKENDS = ("auto", "reference", "chunked", "fla")

@@ -1,23 +1,24 @@
-"""Softmax attention as loops: what a KV cache is asked for, one query at a time."""
+"""Softmax attention and rotary positions as loops: what a KV cache is asked for, one query at a time."""
 
 import numpy as np
 import torch
 from numba import njit
+from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, launch
+from .jit import LOOPS, exp, launch, rows
 
 
 @njit(**LOOPS)
-def _attend(first, last, q, k, v, scale, window, o):
+def _attend(first, last, q, k, v, steps, scale, window, o, log_total):
     B, T, H, K = q.shape
-    S, V = k.shape[1], v.shape[3]
-    weight, zero = np.empty(S, v.dtype), v.dtype.type(0)
+    S, V = k.shape[1], o.shape[3]
+    weight, zero = np.empty(S, o.dtype), o.dtype.type(0)
     for n in range(first, last):
         b, h = n // H, n % H
         for t in range(T):
             newest = S - T + t  # the query's own position among the keys
             oldest = max(0, newest - window + 1)
-            top = v.dtype.type(-np.inf)
+            top = o.dtype.type(-np.inf)
             for s in range(oldest, newest + 1):
                 score = zero
                 for i in range(K):
@@ -25,17 +26,76 @@ def _attend(first, last, q, k, v, scale, window, o):
                 weight[s] = scale * score
                 top = max(top, weight[s])
             total = zero
-            o[b, t, h, :] = 0
             for s in range(oldest, newest + 1):
-                w = np.exp(weight[s] - top)
-                total += w
+                weight[s] = exp(weight[s] - top)
+                total += weight[s]
+            out = o[b, t, h]
+            out[:] = 0
+            for s in range(oldest, newest + 1):
+                w, value = weight[s] / total, v[(b * S + s) * steps[1] + h * steps[2] :]
                 for j in range(V):
-                    o[b, t, h, j] += w * v[b, s, h, j]
-            o[b, t, h, :] /= total
+                    out[j] += w * value[j]
+            log_total[b, h, t] = top + np.log(total)
+
+
+@njit(**LOOPS)
+def _backward(first, last, q, k, v, steps, scale, window, o, log_total, do, dq, dk, dv):
+    """With p the weight of a key and D = do . o: dv = sum p do, dscore = p (do . v - D)."""
+    B, T, H, K = q.shape
+    S, V = k.shape[1], o.shape[3]
+    weight, zero = np.empty(S, o.dtype), o.dtype.type(0)
+    for n in range(first, last):
+        b, h = n // H, n % H
+        for s in range(S):
+            dk[b, s, h] = 0
+            dv[b, s, h] = 0
+        for t in range(T):
+            newest = S - T + t
+            oldest = max(0, newest - window + 1)
+            dout, dquery, pull = do[b, t, h], dq[b, t, h], zero
+            dquery[:] = 0
+            for j in range(V):
+                pull += dout[j] * o[b, t, h, j]
+            for s in range(oldest, newest + 1):
+                score = zero
+                for i in range(K):
+                    score += q[b, t, h, i] * k[b, s, h, i]
+                weight[s] = scale * score
+            for s in range(oldest, newest + 1):
+                weight[s] = exp(weight[s] - log_total[b, h, t])
+            for s in range(oldest, newest + 1):
+                w, value, gain = weight[s], v[(b * S + s) * steps[1] + h * steps[2] :], zero
+                for j in range(V):
+                    gain += dout[j] * value[j]
+                    dv[b, s, h, j] += w * dout[j]
+                gain = scale * w * (gain - pull)
+                for i in range(K):
+                    dquery[i] += gain * k[b, s, h, i]
+                    dk[b, s, h, i] += gain * q[b, t, h, i]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window):
+        (B, T, H, _), V = q.shape, v.shape[3]
+        q, k, o, log_total = q.contiguous(), k.contiguous(), v.new_empty(B, T, H, V), v.new_empty(B, H, T)
+        launch(_attend, B * H, q, k, *rows(v), scale, window, o, log_total)
+        ctx.save_for_backward(q, k, v, o, log_total)
+        ctx.options = scale, window
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, log_total = ctx.saved_tensors
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        B, _, H, _ = q.shape
+        launch(_backward, B * H, q, k, *rows(v), *ctx.options, o, log_total, do, *grads)
+        return *grads, None, None
 
 
 def softmax_attention(q, k, v, *, window=None, scale=None):
-    r"""Causal softmax attention by loops, equations (1) and (2); a reference, without gradients.
+    r"""Causal softmax attention by loops on the CPU, equations (1) and (2).
 
     Parameters
     ----------
@@ -53,6 +113,7 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
     Returns
     -------
     torch.Tensor, shape (B, T, H, V)
+        Differentiable in q, k and v.
 
     Raises
     ------
@@ -65,7 +126,7 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
     """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError("q, k and v must have four dimensions (batch, time, heads, size)")
-    (B, T, H, K), S, V = q.shape, k.shape[1], v.shape[3]
+    (B, T, H, K), S = q.shape, k.shape[1]
     if k.shape != (B, S, H, K) or v.shape[:3] != (B, S, H) or S < T:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit one another: "
@@ -73,7 +134,61 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; got {window}")
-    o = torch.empty(B, T, H, V, dtype=v.dtype)
     scale = K**-0.5 if scale is None else float(scale)
-    launch(_attend, B * H, q.cpu(), k.cpu(), v.cpu(), scale, S if window is None else window, o)
-    return o
+    return _Attention.apply(q, k, v, scale, S if window is None else min(window, S))
+
+
+@njit(**LOOPS)
+def _rotate(first, last, x, steps, cos, sin, y):
+    T, H, K = y.shape[1:]
+    half = K // 2
+    for n in range(first, last):
+        b, t = n // T, n % T
+        for h in range(H):
+            row, out = x[n * steps[1] + h * steps[2] :], y[b, t, h]
+            for j in range(half):
+                out[j] = row[j] * cos[t, j] - row[j + half] * sin[t, j]
+                out[j + half] = row[j + half] * cos[t, j] + row[j] * sin[t, j]
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return _turn(dy, cos, -sin), None, None
+
+
+def _turn(x, cos, sin):
+    y = x.new_empty(x.shape)
+    launch(_rotate, x.shape[0] * x.shape[1], *rows(x), cos, sin, y)
+    return y
+
+
+def rotate_pairs(x, cos, sin):
+    """Turn the pairs (x[j], x[j + K / 2]) of each row by the angle of its position.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (B, T, H, K)
+    cos, sin : torch.Tensor, shape (T, K / 2)
+        Of the angles of each position.
+
+    Returns
+    -------
+    torch.Tensor, shape (B, T, H, K)
+
+    Notes
+    -----
+    Chapter: 01_attention
+    """
+    if x.device.type == "cpu" and x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64):
+        return _Rotation.apply(x, cos, sin)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    one, two = x.chunk(2, dim=-1)
+    return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)

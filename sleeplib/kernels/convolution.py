@@ -1,66 +1,111 @@
-"""Causal depthwise convolution over time: loops on the CPU, shifted sums elsewhere."""
+"""Causal depthwise convolution over time: one sweep on the CPU, shifted sums elsewhere."""
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, launch
+from .jit import LOOPS, exp, launch, rows
+
+BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient
 
 
 @njit(**LOOPS)
-def _forward(first, last, x, weight, y):
+def _filter(row, x, start, step, context, weight, t):
+    """Fill row (C,) with the filtered input of one position; before the first lies the context."""
+    taps, C = len(weight), len(row)
+    row[:] = 0
+    for i in range(taps):
+        s = t + i - (taps - 1)  # the input's position
+        if s >= 0:
+            past = x[start + s * step :]
+        elif len(context):
+            past = context[t + i]
+        else:
+            continue
+        tap = weight[i]
+        for j in range(C):
+            row[j] += past[j] * tap[j]
+
+
+@njit(**LOOPS)
+def _forward(first, last, x, steps, context, weight, silu, y):
     B, T, C = y.shape
-    taps = weight.shape[0]
-    for b in range(first, last):
+    one = y.dtype.type(1)
+    for b in range(first * BLOCK, min(last * BLOCK, B)):
         for t in range(T):
-            for c in range(C):
-                y[b, t, c] = x[b, t, c] * weight[0, c]
-            for i in range(1, taps):
+            row = y[b, t]
+            _filter(row, x, b * steps[1], steps[2], context[b], weight, t)
+            if silu:
                 for c in range(C):
-                    y[b, t, c] += x[b, t + i, c] * weight[i, c]
+                    row[c] = row[c] / (one + exp(-row[c]))
 
 
 @njit(**LOOPS)
-def _backward(first, last, x, weight, dy, dx, dweight):
+def _backward(first, last, x, steps, context, weight, silu, dy, dx, dcontext, dweight):
     B, T, C = dy.shape
-    taps = weight.shape[0]
-    for b in range(first, last):
-        dx[b] = 0
-        dweight[b] = 0
-        for t in range(T):
-            for i in range(taps):
-                for c in range(C):
-                    dx[b, t + i, c] += dy[b, t, c] * weight[i, c]
-                    dweight[b, i, c] += dy[b, t, c] * x[b, t + i, c]
+    taps, one = len(weight), dy.dtype.type(1)
+    z, dz = np.empty(C, dy.dtype), np.empty(C, dy.dtype)
+    for block in range(first, last):
+        dweight[block] = 0
+        for b in range(block * BLOCK, min((block + 1) * BLOCK, B)):
+            dx[b] = 0
+            dcontext[b] = 0
+            for t in range(T):
+                dz[:] = dy[b, t]
+                if silu:
+                    _filter(z, x, b * steps[1], steps[2], context[b], weight, t)
+                    for c in range(C):
+                        s = one / (one + exp(-z[c]))
+                        dz[c] *= s * (one + z[c] * (one - s))
+                for i in range(taps):
+                    s = t + i - (taps - 1)
+                    if s >= 0:
+                        past, dpast = x[b * steps[1] + s * steps[2] :], dx[b, s]
+                    elif len(context[b]):
+                        past, dpast = context[b, t + i], dcontext[b, t + i]
+                    else:
+                        continue
+                    tap, dtap = weight[i], dweight[block, i]
+                    for c in range(C):
+                        dpast[c] += dz[c] * tap[c]
+                    for c in range(C):
+                        dtap[c] += dz[c] * past[c]
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
-        y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
-        x = x.contiguous()
-        launch(_forward, len(x), x, weight, y)
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, context, silu):
+        y = x.new_empty(x.shape)
+        context = x.new_empty(len(x), 0, x.shape[2]) if context is None else context
+        launch(_forward, -(-len(x) // BLOCK), *rows(x), context, weight, silu, y)
+        ctx.save_for_backward(x, weight, context)
+        ctx.silu = silu
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), x.new_empty(x.shape[0], *weight.shape)
-        launch(_backward, len(x), x, weight, dy, dx, dweight)
-        return dx, dweight.sum(0)
+        x, weight, context = ctx.saved_tensors
+        dx, dcontext = x.new_empty(x.shape), x.new_empty(context.shape)
+        dweight = x.new_empty(-(-len(x) // BLOCK), *weight.shape)
+        launch(_backward, len(dweight), *rows(x), context, weight, ctx.silu, dy, dx, dcontext, dweight)
+        return dx, dweight.sum(0), dcontext if ctx.needs_input_grad[2] else None, None
 
 
-def causal_convolution(x, weight):
-    """Filter each channel over time: ``y[t] = sum_i weight[i] * x[t + i]``.
+def causal_convolution(x, weight, context=None, silu=False):
+    """Filter each channel over time: ``y[t] = sum_i weight[i] * x[t - taps + 1 + i]``.
 
     Parameters
     ----------
-    x : torch.Tensor, shape (B, T + taps - 1, C)
-        Inputs behind their left context.
+    x : torch.Tensor, shape (B, T, C)
     weight : torch.Tensor, shape (taps, C)
         One filter a channel, oldest input first.
+    context : torch.Tensor, shape (B, taps - 1, C), optional
+        The inputs before the first; zeros if absent.
+    silu : bool
+        Whether to apply SiLU to the result.
 
     Returns
     -------
@@ -70,7 +115,17 @@ def causal_convolution(x, weight):
     -----
     Chapter: 06_hybrid
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-        return _Convolution.apply(x, weight)
-    T = x.shape[1] - weight.shape[0] + 1
-    return sum(x[:, i : i + T] * weight[i] for i in range(weight.shape[0]))
+    same = x.dtype == weight.dtype and (context is None or context.dtype == x.dtype)
+    if x.device.type == "cpu" and same and x.dtype in (torch.float32, torch.float64):
+        return _Convolution.apply(x, weight, context, silu)
+    x = with_context(x, context, len(weight))
+    T = x.shape[1] - len(weight) + 1
+    y = sum(x[:, i : i + T] * weight[i] for i in range(len(weight)))
+    return F.silu(y) if silu else y
+
+
+def with_context(x, context, taps):
+    """x (B, T, C) behind its newest ``taps - 1`` predecessors, zeros if there are none."""
+    if context is None:
+        context = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    return torch.cat((context.to(x.dtype), x), dim=1)

@@ -6,12 +6,59 @@ from functools import cache
 
 import numpy as np
 import torch
+from numba import types
+from numba.extending import overload
 
-# Sums may be reordered and contracted to FMAs, which lets LLVM vectorise them; NaN and inf keep their
-# meaning.
-LOOPS = dict(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+# Sums may be reordered and contracted to FMAs, and a division by zero is inf and no exception: both let LLVM
+# vectorise.  NaN and inf keep their meaning.
+LOOPS = dict(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 GRAIN = 32768  # entries below which one thread does it all, as in PyTorch
 PARTS = 4  # pieces of work a thread: whoever is free takes the next, so a busy core holds up nobody
+
+
+def exp(x):
+    """e to the x: for float32 a polynomial that LLVM can vectorise, right to 3 parts in 10 million."""
+    return np.exp(x)
+
+
+@overload(exp, jit_options=LOOPS, inline="always")
+def _exp(x):
+    if x != types.float32:
+        return lambda x: np.exp(x)
+    c0, c1, c2, c3, c4, c5 = map(np.float32, (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2))
+    half, one, low, high = map(np.float32, (0.5, 1, -87, 88))
+    # ln 2 in two parts: n times the first is exact
+    log2e, first, second = map(np.float32, (1.4426950408889634, 0.693359375, -2.12194440e-4))
+
+    def single(x):
+        x = min(max(x, low), high)
+        n = np.floor(x * log2e + half)
+        r = (x - n * first) - n * second  # |r| < 0.35, e^x = 2^n e^r
+        series = ((((c0 * r + c1) * r + c2) * r + c3) * r + c4) * r + c5
+        return (series * r * r + r + one) * np.int32((np.int32(n) + 127) << 23).view(np.float32)
+
+    return single
+
+
+def rows(x):
+    """The rows of x, along its last axis, without a copy where they lie evenly in memory.
+
+    Returns
+    -------
+    flat : torch.Tensor, one axis
+        Memory from the first row on.
+    steps : tuple of int
+        (inner, outer, step): row i begins at ``i // inner * outer + i % inner * step``.
+    """
+    *leading, inner, n = x.shape
+    even = x.stride(-1) == 1 and all(
+        x.stride(d) == x.shape[d + 1] * x.stride(d + 1) for d in range(len(leading) - 1)
+    )
+    if not even:
+        x = x.contiguous()
+    outer, step = x.stride(-3) if leading else 0, x.stride(-2)
+    end = (x[..., 0, 0].numel() - 1) * outer + (inner - 1) * step + n
+    return x.detach().as_strided((end,), (1,)), (inner, outer, step)
 
 
 @cache
@@ -23,13 +70,18 @@ def _pool():
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+def _array(x):
+    """The numbers of a CPU tensor; detach() is not free, and most tensors here need none."""
+    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+
+
 def launch(kernel, count, *args):
     """Call ``kernel(first, last, *arrays)`` over range(count), in parts on as many threads as PyTorch uses.
 
     CPU tensors become arrays; floats take the first one's precision.  The parts must not depend on one
     another.
     """
-    arrays = [x.detach().contiguous().numpy() for x in args if isinstance(x, torch.Tensor)]
+    arrays = [_array(x) for x in args if isinstance(x, torch.Tensor)]
     rest = iter(arrays)
     number = arrays[0].dtype.type
     args = [

@@ -1,4 +1,4 @@
-"""Root-mean-square norm: one loop over each row on the CPU, PyTorch's own elsewhere."""
+"""Norms: one sweep over each row on the CPU, PyTorch's own operations elsewhere."""
 
 import numpy as np
 import torch
@@ -6,71 +6,112 @@ import torch.nn.functional as F
 from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, launch
+from .jit import LOOPS, exp, launch, rows
 
-BLOCK = 64  # rows a task; each task sums its own share of the weight's gradient, so sums are reproducible
-
-
-@njit(**LOOPS)
-def _forward(first, last, x, weight, eps, y, rate):
-    rows, n = x.shape
-    size = x.dtype.type(n)
-    for i in range(first * BLOCK, min(last * BLOCK, rows)):
-        total = eps * size
-        for j in range(n):
-            total += x[i, j] * x[i, j]
-        r = np.sqrt(size / total)
-        for j in range(n):
-            y[i, j] = x[i, j] * r * weight[j]
-        rate[i] = r
+BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
 
 
 @njit(**LOOPS)
-def _backward(first, last, x, weight, rate, dy, dx, dweight):
-    rows, n = x.shape
-    size = x.dtype.type(n)
+def _forward(first, last, x, steps, gate, gate_step, weight, eps, y, rate):
+    """A group has `inner` rows, side by side in y and in the gate, `steps` apart in x."""
+    (groups, inner), n = rate.shape, len(weight)
+    size, one, many = weight.dtype.type(n), weight.dtype.type(1), max(1, BLOCK // inner)
+    for a in range(first * many, min(last * many, groups)):
+        for h in range(inner):
+            row, out, total = x[a * steps[0] + h * steps[1] :], y[a, h * n :], eps * size
+            for j in range(n):
+                total += row[j] * row[j]
+            r = np.sqrt(size / total)
+            for j in range(n):
+                out[j] = row[j] * r * weight[j]
+            rate[a, h] = r
+        if gate.size:
+            z, out = gate[a * gate_step :], y[a]
+            for j in range(inner * n):
+                out[j] *= z[j] / (one + exp(-z[j]))
+
+
+@njit(**LOOPS)
+def _backward(first, last, x, steps, gate, gate_step, weight, rate, dy, dx, dgate, dweight):
+    (groups, inner), n = rate.shape, len(weight)
+    size, one, many = weight.dtype.type(n), weight.dtype.type(1), max(1, BLOCK // inner)
     for block in range(first, last):
         dweight[block] = 0
-        for i in range(block * BLOCK, min((block + 1) * BLOCK, rows)):
-            r = rate[i]
-            total = x.dtype.type(0)
-            for j in range(n):
-                total += dy[i, j] * weight[j] * x[i, j]
-                dweight[block, j] += dy[i, j] * x[i, j] * r
-            pull = total * r * r / size
-            for j in range(n):
-                dx[i, j] = r * (dy[i, j] * weight[j] - x[i, j] * pull)
+        for a in range(block * many, min((block + 1) * many, groups)):
+            dn = dy[a]
+            if gate.size:
+                z, s, dn = gate[a * gate_step :], dgate[a], dx[a]
+                for j in range(inner * n):
+                    s[j] = one / (one + exp(-z[j]))
+                for j in range(inner * n):
+                    dn[j] = dy[a, j] * z[j] * s[j]  # the gradient of what the gate multiplies
+                for j in range(inner * n):
+                    s[j] *= (one + z[j] * (one - s[j])) * dy[a, j]
+            for h in range(inner):
+                row, r = x[a * steps[0] + h * steps[1] :], rate[a, h]
+                change, out = dn[h * n :], dx[a, h * n :]
+                if gate.size:
+                    s = dgate[a, h * n :]
+                    for j in range(n):
+                        s[j] *= row[j] * r * weight[j]
+                if dweight.shape[1]:
+                    for j in range(n):
+                        dweight[block, j] += change[j] * row[j] * r
+                total = weight.dtype.type(0)
+                for j in range(n):
+                    total += change[j] * weight[j] * row[j]
+                pull = total * r * r / size
+                for j in range(n):
+                    out[j] = r * (change[j] * weight[j] - row[j] * pull)
+
+
+def _grouped(x, gate):
+    """Arguments of both kernels: x and the gate as rows, and the shape (groups, inner) of all rows."""
+    n, (flat, (inner, outer, step)) = x.shape[-1], rows(x)
+    if gate is None and outer == inner * step:  # every row is a group of its own
+        inner, outer = 1, step
+    shape = x.numel() // (inner * n), inner
+    if gate is None:
+        return (flat, (outer, step), x.new_empty(0), 0), shape
+    gate, (_, _, gate_step) = rows(gate.reshape(shape[0], -1))
+    return (flat, (outer, step), gate, gate_step), shape
+
+
+def _tasks(groups, inner):
+    return -(-groups // max(1, BLOCK // inner))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        x = x.contiguous()
-        y, rate = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
-        flat = (-1, x.shape[-1])
-        launch(_forward, -(-len(rate) // BLOCK), x.view(flat), weight, eps, y.view(flat), rate)
-        ctx.save_for_backward(x, weight, rate)
-        return y
+    def forward(ctx, x, weight, eps, gate):
+        args, shape = _grouped(x, gate)
+        y, rate = x.new_empty(shape[0], shape[1] * x.shape[-1]), x.new_empty(shape)
+        launch(_forward, _tasks(*shape), *args, weight, eps, y, rate)
+        ctx.save_for_backward(x, weight, rate, gate)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, rate = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dweight = x.new_empty(-(-rate.numel() // BLOCK), x.shape[-1])
-        flat = (-1, x.shape[-1])
-        launch(_backward, len(dweight), x.view(flat), weight, rate, dy.reshape(flat), dx.view(flat), dweight)
-        return dx, dweight.sum(0) if ctx.needs_input_grad[1] else None, None
+        x, weight, rate, gate = ctx.saved_tensors
+        args, shape = _grouped(x, gate)
+        dy = dy.reshape(shape[0], -1)
+        dx, dgate = torch.empty_like(dy), torch.empty_like(dy) if gate is not None else dy.new_empty(0, 0)
+        dweight = x.new_empty(_tasks(*shape), len(weight) if ctx.needs_input_grad[1] else 0)
+        launch(_backward, len(dweight), *args, weight, rate, dy, dx, dgate, dweight)
+        dweight = dweight.sum(0) if ctx.needs_input_grad[1] else None
+        return dx.view(x.shape), dweight, None, None if gate is None else dgate.view(x.shape)
 
 
-def rms_norm(x, weight, eps):
-    r"""Scale rows to root mean square 1: ``x / sqrt(mean(x^2) + eps) * weight``.
+def rms_norm(x, weight, eps, gate=None):
+    r"""Scale rows to root mean square 1: ``x / sqrt(mean(x^2) + eps) * weight``, times ``silu(gate)``.
 
     Parameters
     ----------
     x : torch.Tensor, shape (..., n)
     weight : torch.Tensor, shape (n,)
     eps : float
+    gate : torch.Tensor, shape (..., n), optional
 
     Returns
     -------
@@ -80,6 +121,99 @@ def rms_norm(x, weight, eps):
     -----
     Chapter: 06_hybrid
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-        return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    same = x.dtype == weight.dtype and (gate is None or gate.dtype == x.dtype)
+    if x.device.type == "cpu" and x.ndim > 1 and same and x.dtype in (torch.float32, torch.float64):
+        return _RMSNorm.apply(x, weight, eps, gate)
+    y = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return y if gate is None else y * F.silu(gate)
+
+
+@njit(**LOOPS)
+def _split(first, last, x, eps, q, k, v, rate):
+    _, H, K = q.shape
+    one = x.dtype.type(1)
+    for a in range(first, last):
+        for part in range(2):
+            y = q if part == 0 else k
+            for h in range(H):
+                row, total = x[a, (part * H + h) * K :], eps
+                for j in range(K):
+                    total += row[j] * row[j]
+                r = one / np.sqrt(total)
+                for j in range(K):
+                    y[a, h, j] = row[j] * r
+                rate[a, part * H + h] = r
+        v[a] = x[a, 2 * H * K :]
+
+
+@njit(**LOOPS)
+def _split_backward(first, last, q, k, rate, dq, dk, dv, dx):
+    _, H, K = q.shape
+    zero = q.dtype.type(0)
+    for a in range(first, last):
+        for part in range(2):
+            y, dy = (q, dq) if part == 0 else (k, dk)
+            for h in range(H):
+                r, pull, out = rate[a, part * H + h], zero, dx[a, (part * H + h) * K :]
+                for j in range(K):
+                    pull += y[a, h, j] * dy[a, h, j]
+                for j in range(K):
+                    out[j] = r * (dy[a, h, j] - pull * y[a, h, j])
+        dx[a, 2 * H * K :] = dv[a]
+
+
+class _UnitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, H, K, eps):
+        *leading, C = x.shape
+        V = C // H - 2 * K
+        q, k, v = (x.new_empty(*leading, H, size) for size in (K, K, V))
+        rate = x.new_empty(q[..., 0, 0].numel(), 2 * H)
+        flat = (len(rate), H, K)
+        launch(_split, len(rate), x.view(-1, C), eps, q.view(flat), k.view(flat), v.view(len(rate), -1), rate)
+        ctx.save_for_backward(q, k, rate)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        q, k, rate = ctx.saved_tensors
+        count, flat = len(rate), (len(rate), *q.shape[-2:])
+        leading = q.shape[:-2]
+        q, k, dq, dk = (x.reshape(flat) for x in (q, k, dq, dk))
+        dv = dv.reshape(count, -1)
+        dx = q.new_empty(count, 2 * q[0].numel() + dv.shape[1])
+        launch(_split_backward, count, q, k, rate, dq, dk, dv, dx)
+        return dx.view(*leading, -1), None, None, None
+
+
+def unit_heads(x, H, K, eps=1e-6):
+    """Split x into queries, keys and values, and scale queries and keys to length 1, as :func:`unit` does.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (B, T, H (2 K + V))
+        All queries, all keys, all values, head by head.
+    H, K : int
+    eps : float
+
+    Returns
+    -------
+    q, k : torch.Tensor, shape (B, T, H, K)
+    v : torch.Tensor, shape (B, T, H, V)
+
+    Notes
+    -----
+    Chapter: 06_hybrid
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return _UnitHeads.apply(x.contiguous(), H, K, float(eps))
+    q, k, v = x.split((H * K, H * K, x.shape[-1] - 2 * H * K), dim=-1)
+    q, k = (unit(z.unflatten(-1, (H, K)), eps) for z in (q, k))
+    return q, k, v.unflatten(-1, (H, -1))
+
+
+def unit(x, eps=1e-6):
+    """Scale x (..., K) to length 1, ``x / sqrt(sum(x^2) + eps)``: an RMS norm in other words."""
+    K = x.shape[-1]
+    return rms_norm(x, x.new_full((K,), K**-0.5), eps / K)

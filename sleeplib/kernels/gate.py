@@ -1,0 +1,71 @@
+"""The gate of a feed-forward layer: one sweep on the CPU, PyTorch's own operations elsewhere."""
+
+import torch
+import torch.nn.functional as F
+from numba import njit
+from torch.autograd.function import once_differentiable
+
+from .jit import LOOPS, exp, launch
+
+
+@njit(**LOOPS)
+def _forward(first, last, x, y):
+    n, one = y.shape[1], y.dtype.type(1)
+    for i in range(first, last):
+        gate, up = x[i, :n], x[i, n:]
+        for j in range(n):
+            y[i, j] = gate[j] / (one + exp(-gate[j])) * up[j]
+
+
+@njit(**LOOPS)
+def _backward(first, last, x, dy, dx):
+    n, one = dy.shape[1], dy.dtype.type(1)
+    for i in range(first, last):
+        gate, up, dgate, dup, out = x[i, :n], x[i, n:], dx[i, :n], dx[i, n:], dy[i]
+        for j in range(n):
+            dup[j] = one / (one + exp(-gate[j]))
+        for j in range(n):
+            dgate[j] = out[j] * up[j] * dup[j] * (one + gate[j] * (one - dup[j]))
+        for j in range(n):
+            dup[j] *= out[j] * gate[j]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        n = x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], n)
+        launch(_forward, y.numel() // n, x.view(-1, 2 * n), y.view(-1, n))
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        n = x.shape[-1] // 2
+        dx = torch.empty_like(x)
+        launch(_backward, dy.numel() // n, x.view(-1, 2 * n), dy.reshape(-1, n), dx.view(-1, 2 * n))
+        return dx
+
+
+def swiglu(x):
+    """Let the first half of each row gate the second: ``silu(x[..., :n]) * x[..., n:]``.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (..., 2 n)
+
+    Returns
+    -------
+    torch.Tensor, shape (..., n)
+
+    Notes
+    -----
+    Chapter: 06_hybrid
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return _SwiGLU.apply(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
