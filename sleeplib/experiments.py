@@ -28,7 +28,7 @@ class TrainConfig:
         For both optimizers, on matrices only.
     clip : float
         Largest norm of the gradient.
-    eviction : {"hard", "sliding"}
+    eviction : {"hard", "keys", "sliding"}
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     precision : {"float32", "bfloat16"}
@@ -74,8 +74,8 @@ class TrainConfig:
             low = 1 if name in ("steps", "batch", "eval_every", "eval_batch", "save_every") else 0
             if wanted is not str and not value >= low:
                 raise ValueError(f"train.{name} must be at least {low}; got {value}")
-        if self.eviction not in ("hard", "sliding"):
-            raise ValueError(f"train.eviction must be 'hard' or 'sliding'; got {self.eviction!r}")
+        if self.eviction not in ("hard", "keys", "sliding"):
+            raise ValueError(f"train.eviction must be 'hard', 'keys' or 'sliding'; got {self.eviction!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"train.precision must be 'float32' or 'bfloat16'; got {self.precision!r}")
 
@@ -204,7 +204,22 @@ def _rule110_presets():
         quick,
         name="rule110-ablation-hebbian",
         model=dataclasses.replace(quick.model, pattern="ahah"),
+        passes=(1, 4),
         about="rule110-quick, fast weights written by the Hebbian rule",
+    )
+    yield dataclasses.replace(
+        quick,
+        name="rule110-ablation-context",
+        train=dataclasses.replace(quick.train, eviction="keys"),
+        passes=(1, 4),
+        about="rule110-quick, the convolution's context carried over the boundary",
+    )
+    yield dataclasses.replace(
+        quick,
+        name="rule110-ablation-state",
+        model=dataclasses.replace(quick.model, key_size=8, value_size=16),
+        passes=(1, 4),
+        about="rule110-quick with fast weights of a quarter of the size",
     )
     yield dataclasses.replace(
         quick,

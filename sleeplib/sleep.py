@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .model import collect, spread
 
-EVICTIONS = ("hard", "sliding")
+EVICTIONS = ("hard", "keys", "sliding")
 IGNORE = -100  # the label of a position where nothing is asked
 
 
@@ -18,9 +18,9 @@ def evict(state, eviction="hard", window=None):
     Parameters
     ----------
     state : LMState
-    eviction : {"hard", "sliding"}
-        Hard drops every cached key and the convolution context; sliding keeps the newest ``window - 1`` keys,
-        as many as the next token may see beside its own, and the context.
+    eviction : {"hard", "keys", "sliding"}
+        Hard drops every cached key and the convolution context; "keys" drops the keys only; sliding keeps the
+        newest ``window - 1`` keys, as many as the next token may see beside its own, and the context.
     window : int
         L, needed for sliding eviction.
 
@@ -31,13 +31,13 @@ def evict(state, eviction="hard", window=None):
     Notes
     -----
     Sections 3 and 6.4 of the paper.  That hard eviction clears the convolution context too is our reading:
-    the context holds tokens, not fast weights.
+    the context holds tokens, not fast weights.  "keys" is the other reading.
 
     Chapter: 08_sleep
     """
     _check(1, eviction, window, need_window=eviction == "sliding")
-    if eviction == "hard":
-        return replace(state, kv=None, conv=None)
+    if eviction != "sliding":
+        return replace(state, kv=None, conv=None if eviction == "hard" else state.conv)
     if state.kv is None:
         return state
     keep = window - 1
@@ -61,7 +61,7 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
         The state at the window's start.
     passes : int
         N, at least 1.
-    eviction : {"hard", "sliding"}
+    eviction : {"hard", "keys", "sliding"}
     window : int, optional
         How many keys a query may see, itself included.  For sliding eviction T if absent.
 
@@ -164,7 +164,7 @@ def sleep_forward(
         L, tokens in a chunk.
     passes : int
         N, passes over a chunk that is slept on.  An awake chunk gets one.
-    eviction : {"hard", "sliding"}
+    eviction : {"hard", "keys", "sliding"}
         What happens to the cache after a chunk.
     state : LMState, optional
         Where to start, at a chunk's boundary; the empty state if absent.
@@ -255,7 +255,7 @@ class Sleeper:
         L, tokens between naps.
     passes : int
         N, the awake pass included.
-    eviction : {"hard", "sliding"}
+    eviction : {"hard", "keys", "sliding"}
 
     Attributes
     ----------
@@ -378,7 +378,7 @@ def _check(passes, eviction, window, need_window=False):
             f"passes must be an int of at least 1; got {passes!r} (to wake unslept, reset the state)"
         )
     if eviction not in EVICTIONS:
-        raise ValueError(f"eviction must be 'hard' or 'sliding'; got {eviction!r}")
+        raise ValueError(f"eviction must be one of {', '.join(EVICTIONS)}; got {eviction!r}")
     if window is None and not need_window:
         return
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:

@@ -125,7 +125,7 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
     batch : Batch
     passes : int
         N; need not be the N of training.
-    eviction : {"hard", "sliding"}
+    eviction : {"hard", "keys", "sliding"}
     chunk : int
         Sequences at a time.
 

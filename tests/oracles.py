@@ -134,6 +134,12 @@ def one_pass(w, config, tokens, segment=None, window=None):
     return readout(w, h), states
 
 
+def keep(config, read, eviction):
+    """What each block still has of its past: sliding eviction needs no dropping, older keys are masked."""
+    kept = {"hard": "", "keys": "ghj", "sliding": "aghj"}[eviction]
+    return [past if kind in kept else None for kind, past in zip(config.pattern, read)]
+
+
 def algorithm_1(w, config, tokens, labels, window, passes, eviction="hard"):
     """Algorithm 1, equation (6): loss, logits (zeros where it slept), fast weights."""
     depth = len(config.pattern)
@@ -148,8 +154,7 @@ def algorithm_1(w, config, tokens, labels, window, passes, eviction="hard"):
         order = [*range(first), *list(range(first, last + 1)) * times, *range(last + 1, depth)]
         for i in order:
             h, read[i], S[i] = block(w, config, i, h, past[i], S[i], window=key_window)
-        # Sliding eviction needs no dropping here: everything older is masked by its age.
-        past = [None] * depth if eviction == "hard" and (awake or full) else read
+        past = keep(config, read, eviction) if awake or full else read
         logits = readout(w, h)
         if awake:
             chosen = asked != IGNORE
@@ -177,5 +182,5 @@ def stream(w, config, tokens, window, passes, eviction="hard"):
             if times == 1 and len(pieces) == start // window:
                 pieces.append(readout(w, h))
         S = fast
-        past = [None] * depth if eviction == "hard" and chunk.shape[1] == window else read
+        past = keep(config, read, eviction) if chunk.shape[1] == window else read
     return torch.cat(pieces, dim=1), S

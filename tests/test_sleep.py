@@ -50,7 +50,7 @@ def test_logits_are_optional():
     assert bare.logits is None and torch.equal(bare.loss, full.loss)
 
 
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("eviction", ["hard", "keys", "sliding"])
 def test_recomputing_windows_changes_nothing(eviction):
     tokens = sequence(3 * L + 1)
     labels = labels_at(tokens, [3 * L - 1, 3 * L])
@@ -76,7 +76,7 @@ def test_without_fast_weights_sleep_only_evicts():
 def test_any_window(window):
     model, tokens = tiny_model(), sequence(2 * L)
     labels = labels_at(tokens, [2 * L - 1])
-    for eviction in ("hard", "sliding"):
+    for eviction in ("hard", "keys", "sliding"):
         out = sl.sleep_forward(model, tokens, labels, window=window, passes=2, eviction=eviction)
         truth = oracles.algorithm_1(weights(model), model.config, tokens, labels, window, 2, eviction)
         close(out.loss, truth[0])
@@ -89,6 +89,7 @@ def test_evict_drops_what_it_says():
     assert state.kv[0][0].shape[1] == 2 * L and state.conv[1].shape[1] == 3
     hard, sliding = sl.evict(state), sl.evict(state, "sliding", window=L)
     assert hard == replace(state, kv=None, conv=None)
+    assert sl.evict(state, "keys") == replace(state, kv=None)
     for full, kept in zip(state.kv[0], sliding.kv[0]):
         assert torch.equal(kept, full[:, L + 1 :])
     assert sliding.conv is state.conv and sliding.position == 2 * L
@@ -119,7 +120,7 @@ CALLS = {
         ("passes must be .* got -1", dict(passes=-1)),
         ("passes must be .* got 2.0", dict(passes=2.0)),
         ("passes must be .* got True", dict(passes=True)),
-        ("eviction must be 'hard' or 'sliding'; got 'soft'", dict(eviction="soft")),
+        ("eviction must be one of hard, keys, sliding; got 'soft'", dict(eviction="soft")),
         ("window must be an int of at least 1; got 0", dict(window=0)),
         ("window must be .* got 2.5", dict(window=2.5)),
     ],
@@ -224,7 +225,7 @@ def test_generate_needs_a_beginning_and_a_count():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("eviction", ["hard", "keys", "sliding"])
 def test_a_whole_step_on_cuda_is_the_one_on_the_cpu(eviction):
     tokens = sequence(3 * L + 1)
     labels = labels_at(tokens, [3 * L - 1, 3 * L])
