@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import experiments, records
-from .kernels import gated_delta_rule
+from .kernels import gated_delta_rule, softmax_attention
 from .sleep import Sleeper
 from .training import Trainer, training_batch, training_flops
 
@@ -82,6 +82,25 @@ def kernels(repeats):
 
 def _forward_backward(function):
     function().sum().backward()
+
+
+def attention(repeats):
+    """Time attention by loops beside PyTorch's, forward and backward, at windows of several lengths."""
+    for T in (12, 24, 64, 128, 256):
+        q, k, v = (torch.randn(1536 // T, T, 4, 16, requires_grad=True) for _ in range(3))
+
+        def torchs(tensors=(q, k, v)):
+            q, k, v = (x.transpose(1, 2) for x in tensors)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        def loops(tensors=(q, k, v)):
+            return softmax_attention(*tensors)
+
+        theirs, ours = in_turn([partial(_forward_backward, f) for f in (torchs, loops)], repeats)
+        print(
+            f"attention, forward and backward, B{len(q)} T{T} H4 K16: PyTorch {theirs * 1e3:6.2f} ms, "
+            f"loops {ours * 1e3:6.2f} ms, ratio {theirs / ours:.1f}"
+        )
 
 
 def training_step(repeats, preset="rule110-quick"):
@@ -198,6 +217,7 @@ def main(repeats=9):
     if torch.cuda.is_available():
         gpu(repeats)
     kernels(repeats)
+    attention(repeats)
     training_step(repeats)
     streaming()
     memory()

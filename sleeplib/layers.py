@@ -29,7 +29,7 @@ from .kernels import (
     with_context,
 )
 
-SHORT = 64  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
+SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
 
 
 class Memory(NamedTuple):

@@ -66,6 +66,20 @@ def test_attention_is_multi_head_attention_without_positions():
     close(layer(x, Memory())[0], layer.o(wanted))
 
 
+@pytest.mark.parametrize(
+    "T, S, window", [(5, 5, None), (1, 7, None), (3, 8, None), (4, 9, 3), (6, 6, 2), (1, 9, 4)]
+)
+def test_attention_is_the_same_by_loops_and_by_pytorch(T, S, window, monkeypatch):
+    q, k, v = (noise(2, n, 2, 4, seed=n).requires_grad_() for n in (T, S, S))
+    found = []
+    for short in (0, 99):
+        monkeypatch.setattr(layers, "SHORT", short)
+        y = layers.attend(q, k, v, window)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for a, b in zip(*found):
+        close(a, b)
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(start=st.integers(0, 50), shift=st.integers(0, 50))
 def test_rotation_depends_on_differences_only(start, shift):
