@@ -122,11 +122,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (linear(d_model, d_model) for _ in range(3))
         self.o = linear(d_model, d_model, zero=True)
 
-    def forward(self, x, memory, window=None):
-        """Map x (B, T, D) to y (B, T, D); a query sees its newest `window` keys, itself included."""
+    def forward(self, x, memory, window=None, wanted=True):
+        """Map x (B, T, D) to y (B, T, D), None if not `wanted`; a query sees its newest `window` keys."""
         q, k, v = project(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if memory.kv is not None:
             k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)
+        if not wanted:
+            return None, Memory(kv=(k, v))
         turned = rotate(q, k.shape[1] - q.shape[1], self.rope_base), rotate(k, 0, self.rope_base)
         return self.o(attend(*turned, v, window).flatten(2)), Memory(kv=(k, v))
 
@@ -251,8 +253,8 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(V, eps=1e-5)
         self.o = linear(H * V, d_model, zero=True)
 
-    def forward(self, x, memory, window=None):
-        """Map x (B, T, D) to y (B, T, D), reading and writing the fast weight of `memory`."""
+    def forward(self, x, memory, window=None, wanted=True):
+        """Map x (B, T, D) to y (B, T, D), None if not `wanted`, reading and writing the fast weight."""
         H, K, V = self.num_heads, self.key_size, self.value_size
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)
         qkv, gate, a, b = y.split((2 * H * K + H * V, H * V, H, H), dim=-1)
@@ -267,7 +269,8 @@ class GatedDeltaNet(nn.Module):
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
         beta = b.to(wide).sigmoid()
         o, S = self.rule(q, k, v, g=g, beta=beta, initial_state=memory.S, backend=self.backend)
-        return self.o(self.norm(o, gate.unflatten(-1, (H, V))).flatten(2)), Memory(S=S, conv=conv)
+        y = self.o(self.norm(o, gate.unflatten(-1, (H, V))).flatten(2)) if wanted else None
+        return y, Memory(S=S, conv=conv)
 
 
 class SwiGLU(nn.Module):

@@ -167,9 +167,11 @@ class Block(nn.Module):
         )
         self.mlp = SwiGLU(D, config.hidden)
 
-    def forward(self, h, memory, window=None):
-        """Map h (B, T, D) and this block's memory to the next h and the next memory."""
-        y, memory = self.mixer(self.mixer_norm(h), memory, window)
+    def forward(self, h, memory, window=None, wanted=True):
+        """Map h (B, T, D) and this block's memory to the next h (None if not `wanted`) and memory."""
+        y, memory = self.mixer(self.mixer_norm(h), memory, window, wanted)
+        if not wanted:
+            return None, memory
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), memory
 
@@ -234,8 +236,8 @@ class HybridLM(nn.Module):
             )
         return self.embedding(tokens)
 
-    def run(self, h, state, fast_weights, span, window=None):
-        """Run blocks ``span`` once over h (B, T, D).
+    def run(self, h, state, fast_weights, span, window=None, wanted=True):
+        """Run blocks ``span`` once over h (B, T, D); if h is not `wanted`, the last one only writes.
 
         The caches and the position are those of `state`, the fast weights those given: a repeated pass sees
         the same past again, but with what the pass before has written.
@@ -249,10 +251,11 @@ class HybridLM(nn.Module):
         memories = {}
         old = spread(state)
         for i in span:
-            h, memories[i] = self.layers[i](h, old[i]._replace(S=fast_weights[i]), window)
+            memory = old[i]._replace(S=fast_weights[i])
+            h, memories[i] = self.layers[i](h, memory, window, wanted or i != span[-1])
         return h, memories
 
-    def blocks(self, h, state, passes=1, window=None):
+    def blocks(self, h, state, passes=1, window=None, wanted=True):
         """Run all blocks over h (B, T, D), those of the loop `passes` times, equation (6).
 
         Parameters
@@ -265,10 +268,12 @@ class HybridLM(nn.Module):
             N.
         window : int, optional
             A query sees its newest `window` keys, itself included.
+        wanted : bool
+            Whether anyone will read h; if not, nothing is computed after the last write.
 
         Returns
         -------
-        h : torch.Tensor, shape (B, T, D)
+        h : torch.Tensor, shape (B, T, D), or None
         state : LMState
             The caches are those of the last pass; the position has advanced by T.
         """
@@ -286,14 +291,16 @@ class HybridLM(nn.Module):
         if any(x is not None and x.shape[0] != h.shape[0] for x in carried):
             raise ValueError(f"state is not of {h.shape[0]} rows, as the tokens are")
         first, last = self.loop
-        depth = len(self.layers)
+        depth, position = len(self.layers), state.position + h.shape[1]
         fast, memories = list(state.fast_weights), {}
-        for span in (range(first), *[range(first, last + 1)] * passes, range(last + 1, depth)):
-            h, new = self.run(h, state, fast, span, window)
+        spans = (range(first), *[range(first, last + 1)] * passes, range(last + 1, depth))
+        spans = [span for span in spans if span]
+        for number, span in enumerate(spans, 1):
+            h, new = self.run(h, state, fast, span, window, wanted or number < len(spans))
             memories |= new
             for i in span:
                 fast[i] = new[i].S
-        return h, collect(memories, depth, state.position + h.shape[1])
+        return h, collect(memories, depth, position)
 
     def readout(self, h):
         """Map h (B, T, D) to logits (B, T, vocab)."""

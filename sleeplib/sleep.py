@@ -85,7 +85,7 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
     _check(passes, eviction, window)
     window = tokens.shape[1] if window is None and eviction == "sliding" else window
     passes = passes if model.has_fast_weights else 1
-    _, state = model.blocks(model.embed(tokens), state, passes=passes, window=window)
+    _, state = model.blocks(model.embed(tokens), state, passes=passes, window=window, wanted=False)
     return evict(state, eviction, window)
 
 
@@ -354,12 +354,14 @@ class Sleeper:
                 list(self.state.fast_weights),
                 spread(self.state),
             )
-            for _ in range(self.passes - 1):
-                h, new = self.model.run(h, self._boundary, fast, looped, self._key_window())
+            for n in range(2, self.passes + 1):
+                wanted = n < self.passes or bool(later)
+                h, new = self.model.run(h, self._boundary, fast, looped, self._key_window(), wanted)
                 fast[first : last + 1] = (new[i].S for i in looped)
                 memories |= new
             # The blocks after the loop read each window once, and what they read is the last pass.
-            _, new = self.model.run(h, self._boundary, self._boundary.fast_weights, later, self._key_window())
+            fast = self._boundary.fast_weights
+            _, new = self.model.run(h, self._boundary, fast, later, self._key_window(), wanted=False)
             self.state = collect(memories | new, depth, self.state.position)
         state = evict(self.state, self.eviction, self.window)
         # Slices would keep the whole window alive: own what is carried on, let go of the rest.

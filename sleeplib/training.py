@@ -68,7 +68,8 @@ def training_flops(experiment, passes):
     """Floating-point operations of one training step: three times the products of a forward pass.
 
     A token costs two operations a matrix entry and pass; attention adds its scores and sums, a fast weight
-    its read, its write and its output.  Norms, gates and convolutions are left out.
+    its read, its write and its output.  Norms, gates and convolutions are left out, and so is what follows
+    the last write before a window is dropped.
 
     Parameters
     ----------
@@ -87,18 +88,21 @@ def training_flops(experiment, passes):
     model, task = experiment.model, experiment.task
     first, last = model.loop or (0, len(model.pattern) - 1)
     D, H, K, V = model.d_model, model.num_heads, model.K, model.V
+    mlp, end = 6 * D * model.hidden, len(model.pattern) - 1
     awake = awake_chunks(training_batch(task, experiment.train, 0, 0).labels, task.window)
     total = 0
     for index, asked in enumerate(awake):
         tokens = min(task.window, task.length - index * task.window)
+        asleep = not asked and tokens == task.window
         for i, kind in enumerate(model.pattern):
-            repeats = passes if first <= i <= last and not asked else 1
-            entries = 3 * D * model.hidden
             if kind == "a":
-                products = 2 * (entries + 4 * D * D) + 2 * D * (tokens + 1)
+                write, read = 6 * D * D, 2 * D * D + 2 * D * (tokens + 1)
             else:
-                products = 2 * (entries + D * H * (2 * K + 3 * V + 2)) + 6 * H * K * V
-            total += repeats * tokens * products
+                write, read = 2 * D * H * (2 * K + 2 * V + 2) + 6 * H * K * V, 2 * D * H * V
+            repeats = passes if first <= i <= last and asleep else 1
+            total += repeats * tokens * (write + read + mlp)
+            if asleep and i == end:  # after the last write nobody reads
+                total -= tokens * (read + mlp)
         total += asked * tokens * 2 * D * model.vocab_size
     return 3.0 * experiment.train.batch * total
 

@@ -15,7 +15,7 @@ import torch
 import sleeplib as sl
 from sleeplib import layers, training
 from sleeplib.kernels import chunked, reference
-from sleeplib.model import collect, spread
+from sleeplib.model import Block, collect, spread
 from sleeplib.tasks import depo, rule110
 
 asleep = sys.modules["sleeplib.sleep"]  # the name sleeplib.sleep is the function
@@ -59,7 +59,7 @@ def detached(tensors):
 def rewritten_blocks(between, spans=None, caches="last"):
     """`HybridLM.blocks`, written again, with `between(h, fast, seen, ...)` before each repeated pass."""
 
-    def blocks(self, h, state, passes=1, window=None):
+    def blocks(self, h, state, passes=1, window=None, wanted=True):
         first, last = self.loop
         depth = len(self.layers)
         looped = range(first, last + 1)
@@ -187,7 +187,7 @@ plant(
     "check_sliding_n1_is_window_attention",
     layers.Attention,
     "forward",
-    lambda honest, self, x, memory, window=None: honest(self, x, memory, window and window + 1),
+    lambda honest, self, x, memory, window=None, *rest: honest(self, x, memory, window and window + 1, *rest),
 )("a_query_sees_one_key_too_many")
 
 plant(
@@ -346,6 +346,16 @@ def counts_angles_from_the_first_token_in_float32():
 
     with patch.object(sl.HybridLM, "run", run), patch.object(layers, "rotate", rotate):
         yield
+
+
+def writes_nothing_where_nobody_reads(honest, self, h, memory, window=None, wanted=True):
+    h, new = honest(self, h, memory, window, wanted)
+    return h, new if wanted else new._replace(S=memory.S)
+
+
+plant("check_sleep_is_algorithm_1", Block, "forward", writes_nothing_where_nobody_reads)(
+    "skips_the_last_write"
+)
 
 
 # Data

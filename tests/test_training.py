@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from test_truths import tiny_experiment
 from tiny import close
+from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
 from sleeplib import records, runs, training
@@ -44,6 +45,34 @@ def same(a, b):
 
 def train(tmp_path, experiment=None, passes=2, **options):
     return sl.run(experiment or tiny_experiment(steps=9), passes, device="cpu", out=tmp_path, **options)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"model.loop": "(1, 2)"}, {"model.pattern": "ajhg"}], ids=str)
+def test_flops_are_those_of_the_products_that_are_computed(settings, passes):
+    """PyTorch counts the projections, forward and backward; the loops it cannot see are added by hand."""
+    experiment = sl.experiments.get("rule110-quick").replace({"train.batch": "8"} | settings)
+    trainer, model, task = training.Trainer(experiment, passes, 0, "cpu"), experiment.model, experiment.task
+    batch = training.training_batch(task, experiment.train, 0, 0)
+    with FlopCounterMode(display=False) as counter:
+        trainer.loss(batch.inputs, batch.labels).backward()
+    hidden = 0
+    for tokens, asleep in ((task.width, True), (task.width, True), (task.length - 2 * task.width, False)):
+        for i, kind in enumerate(model.pattern):
+            first, last = model.loop or (0, 3)
+            repeats = passes if asleep and first <= i <= last else 1
+            if kind == "a":
+                unread = asleep and i == 3
+                hidden += tokens * (repeats - unread) * 2 * model.d_model * (tokens + 1)
+            else:
+                hidden += tokens * repeats * 6 * model.num_heads * model.K * model.V
+    counted = counter.get_total_flops()
+    if "j" in model.pattern:  # the filters of a Jet layer are left out
+        layer = trainer.model.layers[1].mixer.conv
+        filters = layer.down.weight.numel() + layer.up.weight.numel()
+        counted -= 3 * 8 * 2 * filters * (2 * task.width * passes + task.length - 2 * task.width)
+    ours = training.training_flops(experiment, passes)
+    assert abs(ours - 3 * 8 * hidden - counted) < 0.02 * counted
 
 
 def test_pieces_equal_one_run(tmp_path):

@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from .jit import LOOPS, launch
 
-SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
+SEGMENT = (
+    16  # the forward pass keeps the state after every SEGMENT steps; the backward pass recomputes between
+)
 
 
 @njit(**LOOPS)
@@ -37,8 +39,8 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
         b, h = n // H, n % H
         M = S[b, h]
         for t in range(T):
-            if keep and t % SEGMENT == 0:
-                starts[b, h, t // SEGMENT] = M
+            if keep and t and t % SEGMENT == 0:
+                starts[b, h, t // SEGMENT - 1] = M
             alpha, rate = np.exp(g[b, t, h]), beta[b, t, h]
             error[:] = 0
             out[:] = 0
@@ -61,7 +63,7 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
 
 
 @njit(**LOOPS)
-def _backward(first, last, q, k, v, g, beta, scale, delta, u, starts, do, dS, dq, dk, dv, dg, dbeta):
+def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS, dq, dk, dv, dg, dbeta):
     """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the first.
 
     With P the state before a step and D the gradient of the one after it, both are swept twice: once for what
@@ -78,7 +80,7 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, u, starts, do, dS, dq
         for segment in range((T - 1) // SEGMENT, -1, -1):
             start = segment * SEGMENT
             stop = min(start + SEGMENT, T)
-            path[0] = starts[b, h, segment]
+            path[0] = starts[b, h, segment - 1] if segment else S[b, h]
             for t in range(start, stop - 1):
                 alpha, before, after = np.exp(g[b, t, h]), path[t - start], path[t - start + 1]
                 for i in range(K):
@@ -131,16 +133,16 @@ class _Recurrence(torch.autograd.Function):
         kept = any(ctx.needs_input_grad)
         o, final = torch.empty_like(v, memory_format=torch.contiguous_format), S.detach().clone()
         u = v.new_empty((B, T, H, V) if kept else (0, 0, 0, 0))
-        starts = v.new_empty((B, H, -(-T // SEGMENT), K, V) if kept else (0, 0, 0, 0, 0))
+        starts = v.new_empty((B, H, (T - 1) // SEGMENT, K, V) if kept else (0, 0, 0, 0, 0))
         launch(_forward, B * H, q, k, v, g, beta, scale, delta, final, o, u, starts)
-        ctx.save_for_backward(q, k, v, g, beta, u, starts)
+        ctx.save_for_backward(q, k, v, g, beta, S, u, starts)
         ctx.scale, ctx.delta = scale, delta
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dS):
-        q, k, v, g, beta, u, starts = ctx.saved_tensors
+        q, k, v, g, beta, S, u, starts = ctx.saved_tensors
         dS = dS.contiguous().clone()
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
         launch(
@@ -153,6 +155,7 @@ class _Recurrence(torch.autograd.Function):
             beta,
             ctx.scale,
             ctx.delta,
+            S,
             u,
             starts,
             do,
