@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .device import CapturedStep, find_device, hold_on_to_memory, peak_bytes
 from .model import HybridLM
+from .muon import Muon
 from .sleep import awake_chunks, sleep_forward
 
 DATA, TEST = 0, 1  # streams of random numbers; neither depends on N
@@ -43,7 +44,7 @@ def make_optimizers(model, train):
         (matrices if hidden else rest).append(p)
     decayed = [p for p in rest if p.ndim == 2]
     plain = [p for p in rest if p.ndim != 2]
-    muon = torch.optim.Muon(
+    muon = Muon(
         matrices,
         lr=train.muon_lr,
         momentum=0.95,

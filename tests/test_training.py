@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
 from sleeplib import records, runs, training
+from sleeplib.muon import Muon
 
 SAME = ("curve", "final", "tokens", "data_hash", "config_hash", "status", "chance")
 TINY = {
@@ -45,6 +46,39 @@ def same(a, b):
 
 def train(tmp_path, experiment=None, passes=2, **options):
     return sl.run(experiment or tiny_experiment(steps=9), passes, device="cpu", out=tmp_path, **options)
+
+
+def test_muon_is_pytorchs():
+    """Products in bfloat16 may round otherwise where they are batched; beyond that the step is the same."""
+    shapes = ((8, 8), (16, 8), (8, 16), (16, 8), (3, 8), (8, 8))
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.05, adjust_lr_fn="original")
+    optimizers = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        before = [a.detach().clone() for a in ours]
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b, old in zip(ours, theirs, before):
+            change = (b - old).norm()
+            assert (a - b).norm() < 0.02 * change, tuple(a.shape)
+            assert change > 0.1
+            with torch.no_grad():
+                a.copy_(b)
+        one, two = (o.state_dict()["state"] for o in optimizers)
+        for index in range(len(shapes)):
+            close(one[index]["momentum_buffer"], two[index]["momentum_buffer"])
+
+
+def test_muon_leaves_a_matrix_without_gradient_alone():
+    one, two = (torch.nn.Parameter(torch.eye(4)) for _ in range(2))
+    optimizer = Muon([one, two], lr=0.1)
+    one.grad = torch.eye(4)
+    optimizer.step()
+    assert torch.equal(two, torch.eye(4)) and not torch.equal(one, torch.eye(4))
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -125,7 +159,7 @@ def test_ctrl_c_finishes_the_step_and_resumes_exactly(tmp_path, where, monkeypat
 
     with monkeypatch.context() as m:
         if where == "between the optimizers":
-            m.setattr(torch.optim.Muon, "step", interrupting(torch.optim.Muon.step, 3))
+            m.setattr(Muon, "step", interrupting(Muon.step, 3))
         elif where == "in the evaluation":
             m.setattr(training, "evaluate", interrupting(training.evaluate, 1))
         else:
@@ -139,7 +173,7 @@ def test_ctrl_c_finishes_the_step_and_resumes_exactly(tmp_path, where, monkeypat
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     experiment = tiny_experiment(steps=8, save_every=2)
-    honest = torch.optim.Muon.step
+    honest = Muon.step
     steps = []
 
     def step(self):
@@ -151,7 +185,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(tmp_path, 
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(torch.optim.Muon, "step", step)
+        m.setattr(Muon, "step", step)
         train(tmp_path / "cut", experiment)
     assert signal.getsignal(signal.SIGINT) is before
     same(train(tmp_path / "cut", experiment, resume=True), train(tmp_path / "whole", experiment))
