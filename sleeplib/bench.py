@@ -42,10 +42,9 @@ def matmul_peak(repeats, device="cpu", dtype=torch.float32, size=1024):
 
 
 def kernels(repeats):
-    """Time the recurrence, forward per core and forward + backward on all cores."""
+    """Time the recurrence, forward and forward + backward."""
     from transformers.models.qwen3_next import modeling_qwen3_next as oracle
 
-    threads = torch.get_num_threads()
     for B, T, H, K, V in SHAPES:
         torch.manual_seed(0)
         q, k = (F.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
@@ -62,13 +61,11 @@ def kernels(repeats):
         def chunk(tensors=inputs):
             return oracle.torch_chunk_gated_delta_rule(*tensors, 64, None, True)[0]
 
-        torch.set_num_threads(1)
         slow, fast = in_turn([recurrent, partial(ours, "reference")], repeats)
         print(
-            f"forward, one core     {shape}: transformers recurrent {slow * 1e3:7.2f} ms, "
+            f"forward               {shape}: transformers recurrent {slow * 1e3:7.2f} ms, "
             f"reference {fast * 1e3:6.2f} ms, ratio {slow / fast:.1f}"
         )
-        torch.set_num_threads(threads)
         for x in inputs:
             x.requires_grad_()
         both = [chunk, partial(ours, "reference"), partial(ours, "chunked")]
@@ -158,7 +155,8 @@ def streaming(preset="rule110-quick", tokens=100_000, piece=4):
 
 
 MEMORY_PROBE = """
-import resource, sys, torch, sleeplib as sl
+import sys, torch, sleeplib as sl
+from sleeplib.device import peak_bytes
 windows, passes, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 torch.set_num_threads(1)
 model = sl.HybridLM(sl.ModelConfig(vocab_size=4, d_model=64, pattern="agag"))
@@ -169,9 +167,9 @@ def step(windows, passes):
     options = dict(window=24, passes=passes, checkpoint=checkpoint, return_logits=False)
     sl.sleep_forward(model, inputs, labels, **options).loss.backward()
 step(1, 1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes(torch.device("cpu"))
 step(windows, passes)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print((peak_bytes(torch.device("cpu")) - before) // 2**20)
 """
 
 
@@ -216,8 +214,11 @@ def main(repeats=9):
     print(records.processor())
     if torch.cuda.is_available():
         gpu(repeats)
-    kernels(repeats)
-    attention(repeats)
-    training_step(repeats)
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        print(f"--- threads: {threads}")
+        kernels(repeats)
+        attention(repeats)
+        training_step(repeats)
     streaming()
     memory()

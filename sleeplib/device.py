@@ -2,8 +2,10 @@
 
 import ctypes
 import mmap
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -100,5 +102,7 @@ def peak_bytes(device):
     """The most memory in use so far: tensors on a GPU, the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    if sys.platform == "linux":  # getrusage would count what the process was before it became this program
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -106,9 +106,10 @@ def test_where_a_run_came_from():
 
 
 def test_every_shipped_record_is_one():
-    for path in (records.data_dir() / "results").rglob("*.json"):
+    for path in [p for name in ("results", "reruns") for p in (records.data_dir() / name).rglob("*.json")]:
         found = records.load_record(path)
-        assert path == records.record_path(found["preset"], found["passes"], found["seed"])
+        out = path.parent.parent
+        assert path == records.record_path(found["preset"], found["passes"], found["seed"], out)
         experiment = sl.experiments.get(found["preset"])
         assert found["config_hash"] == experiment.config_hash(), f"{path}: the preset has changed since"
         steps = [entry["step"] for entry in found["curve"]]
