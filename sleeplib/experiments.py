@@ -28,7 +28,9 @@ class TrainConfig:
         For both optimizers, on matrices only.
     clip : float
         Largest norm of the gradient.
-    eviction : {"hard", "sliding"}
+    eviction : {"hard", "sliding", "hard-then-sliding"}
+        The last is hard for the first third of the steps: our reading of section 6.4, where one epoch in
+        three does so.
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     precision : {"float32", "bfloat16"}
@@ -74,10 +76,17 @@ class TrainConfig:
             low = 1 if name in ("steps", "batch", "eval_every", "eval_batch", "save_every") else 0
             if wanted is not str and not value >= low:
                 raise ValueError(f"train.{name} must be at least {low}; got {value}")
-        if self.eviction not in ("hard", "sliding"):
-            raise ValueError(f"train.eviction must be 'hard' or 'sliding'; got {self.eviction!r}")
+        if self.eviction not in ("hard", "sliding", "hard-then-sliding"):
+            raise ValueError(
+                f"train.eviction must be 'hard', 'sliding' or 'hard-then-sliding'; got {self.eviction!r}"
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"train.precision must be 'float32' or 'bfloat16'; got {self.precision!r}")
+
+    def eviction_at(self, step):
+        """What happens to the cache at a step: "hard" or "sliding"; at step `steps`, what a score sees."""
+        first, _, last = self.eviction.partition("-then-")
+        return last if last and 3 * step >= self.steps else first
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def make_record(trainer, status, command, commit, dirty):
     if not status.startswith("failed"):
         for split, suffix in (("test", ""), ("train", "_train_split")):
             batch = held_out(experiment.task, 8 * train.eval_batch, trainer.seed, split)
-            options = dict(passes=trainer.passes, eviction=train.eviction)
+            options = dict(passes=trainer.passes, eviction=train.eviction_at(train.steps))
             scores = evaluate(trainer.model, experiment.task, batch, **options)
             final |= {name + suffix: score for name, score in scores.items()}
     cuda = trainer.device.type == "cuda"
