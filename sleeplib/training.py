@@ -90,7 +90,7 @@ def training_flops(experiment, passes):
     model, task = experiment.model, experiment.task
     first, last = model.loop or (0, len(model.pattern) - 1)
     D, H, K, V = model.d_model, model.num_heads, model.K, model.V
-    awake = awake_chunks(training_batch(task, experiment.train, 0, 0).labels, task.window)
+    awake = awake_chunks(task.batch(1, np.random.default_rng(0)).labels, task.window)
     total = 0
     for index, asked in enumerate(awake):
         tokens = min(task.window, task.length - index * task.window)
@@ -201,6 +201,9 @@ class Trainer:
         Of the weights and of the data.
     device : str
         "auto", "cpu", "cuda", or one CUDA device.
+    pieces : int
+        Parts in which a batch is read, one after the other, where all of it does not fit into memory.  The
+        gradient is that of the whole batch but for rounding; no part is captured as a CUDA graph.
 
     Attributes
     ----------
@@ -215,8 +218,8 @@ class Trainer:
     Chapter: 11_rule110
     """
 
-    def __init__(self, experiment, passes, seed, device="auto"):
-        self.experiment, self.passes, self.seed = experiment, passes, seed
+    def __init__(self, experiment, passes, seed, device="auto", pieces=1):
+        self.experiment, self.passes, self.seed, self.pieces = experiment, passes, seed, pieces
         self.device = find_device(device)
         if self.device.type == "cpu":
             hold_on_to_memory()
@@ -261,16 +264,20 @@ class Trainer:
     def forward_backward(self, batch):
         """Leave the gradient of one batch in the parameters; return the loss, still on the device."""
         train = self.experiment.train
-        if train.graph and self.device.type == "cuda":
+        if train.graph and self.device.type == "cuda" and self.pieces == 1:
             if self.graph is None or self.captured != train.eviction_at(self.step):
                 self.graph = None  # let go of the old one's memory first
                 self.graph, self.captured = CapturedStep(self, batch), train.eviction_at(self.step)
             return self.graph(batch)
         for p in self.model.parameters():
             p.grad = None
-        loss = self.loss(batch.inputs.to(self.device), batch.labels.to(self.device))
-        loss.backward()
-        return loss.detach()
+        total, asked = 0.0, (batch.labels != IGNORE).sum().item()
+        for inputs, labels in zip(batch.inputs.chunk(self.pieces), batch.labels.chunk(self.pieces)):
+            share = (labels != IGNORE).sum().item() / asked
+            loss = self.loss(inputs.to(self.device), labels.to(self.device)) * share
+            loss.backward()
+            total = total + loss.detach()
+        return total
 
     def next_batch(self):
         """What :func:`training_batch` draws for the step in hand, ahead of time where there are workers."""

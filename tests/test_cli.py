@@ -1,7 +1,9 @@
 """The command line: what it prints, and that bad input is one line and exit code 2."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -143,6 +145,11 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
     quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
     assert started == [*quick, ("rule110-quick-long", 1, 0)]
+
+
+def test_make_reproduce_knows_every_task():
+    makefile = Path(__file__).resolve().parent.parent / "Makefile"
+    assert re.search(r"^TASKS \?= (.*)$", makefile.read_text(), re.MULTILINE)[1].split() == list(sl.tasks.TASKS)
 
 
 def test_doctor_finds_this_machine_well(capsys):

@@ -425,6 +425,22 @@ def test_checkpointing_over_windows_changes_no_gradient():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("pieces", [2, 3, 9])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces):
+    """Also where the pieces differ in size and a row has several labels."""
+    gradients, losses = [], []
+    for count in (1, pieces):
+        trainer = sl.Trainer(tiny_experiment(batch=7), 2, 0, device="cpu", pieces=count)
+        task, config = trainer.experiment.task, trainer.experiment.train
+        batch = training.training_batch(task, config, 0, 0)
+        batch.labels[0, -2] = batch.labels[3, -1] = -100  # pieces with fewer labels count less
+        losses.append(trainer.forward_backward(batch))
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    close(losses[1], losses[0], 1e-6)
+    for a, b in zip(*gradients):
+        close(b, a, 1e-5)
+
+
 def test_bfloat16_trains_with_a_float32_state():
     trainer = sl.Trainer(tiny_experiment(precision="bfloat16"), 2, 0, device="cpu")
     plain = sl.Trainer(tiny_experiment(), 2, 0, device="cpu")
@@ -443,6 +459,7 @@ def test_bfloat16_trains_with_a_float32_state():
         ("passes must be an int of at least 1; got True", dict(passes=True)),
         ("seed must be an int of at least 0; got -1", dict(seed=-1)),
         ("stop_after must be an int of at least 1; got 0", dict(stop_after=0)),
+        ("pieces must be an int of at least 1; got 0", dict(pieces=0)),
     ],
 )
 def test_a_bad_call_is_refused(tmp_path, names, options):
