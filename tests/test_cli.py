@@ -1,5 +1,6 @@
 """The command line: what it prints, and that bad input is one line and exit code 2."""
 
+import json
 import re
 import subprocess
 import sys
@@ -147,9 +148,19 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     assert started == [*quick, ("rule110-quick-long", 1, 0)]
 
 
+def test_the_scorecard_judges_every_figure_by_presets_that_exist(capsys):
+    claims = json.loads((records.data_dir() / "paper" / "claims.json").read_text())
+    code, out, _ = call(capsys, "scorecard")
+    assert code == 0
+    for claim in claims:
+        assert f"Figure {claim['figure']}: {claim['claim']}: " in out
+        for name in sum(claim["presets"], []):
+            assert sl.experiments.get(name)
+
+
 def test_make_reproduce_knows_every_task():
-    makefile = Path(__file__).resolve().parent.parent / "Makefile"
-    assert re.search(r"^TASKS \?= (.*)$", makefile.read_text(), re.MULTILINE)[1].split() == list(sl.tasks.TASKS)
+    makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
+    assert re.search(r"^TASKS \?= (.*)$", makefile, re.MULTILINE)[1].split() == list(sl.tasks.TASKS)
 
 
 def test_doctor_finds_this_machine_well(capsys):
