@@ -15,6 +15,7 @@ from test_training import TINY
 import sleeplib as sl
 from sleeplib import __main__ as command_line
 from sleeplib import records
+from sleeplib.scorecard import judge
 
 
 def call(capsys, *argv):
@@ -156,6 +157,26 @@ def test_the_scorecard_judges_every_figure_by_presets_that_exist(capsys):
         assert f"Figure {claim['figure']}: {claim['claim']}: " in out
         for name in sum(claim["presets"], []):
             assert sl.experiments.get(name)
+
+
+@pytest.mark.parametrize(
+    "scores, verdict",
+    [
+        ((0.5, 0.6, 0.7), "partly"),
+        ((0.5, 0.4, 0.7), "not"),
+        ((0.7, 0.6, 0.5), "not"),
+        ((0.5, 0.505, 0.51), "not"),
+    ],
+)
+def test_the_verdict_follows_the_order_of_the_means_and_ignores_what_chance_can_do(tmp_path, scores, verdict):
+    claim = dict(figure="0", claim="more is better", paper="-", kind="rises with passes", metric="exact")
+    claim |= dict(presets=[["rule110-paper"], ["rule110-quick"]])
+    assert judge(claim, tmp_path)["verdict"] == "not run"
+    for passes, score in zip((1, 2, 4), scores):
+        record = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick", passes=passes, seed=0)
+        record |= dict(status="done", final={"exact": score}, device="abacus")
+        records.save_record(record, tmp_path)
+    assert judge(claim, tmp_path)["verdict"] == verdict
 
 
 def test_make_reproduce_knows_every_task():
