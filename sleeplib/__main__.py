@@ -52,6 +52,7 @@ def run(args):
         resume=args.resume,
         stop_after=args.stop_after,
         keep=args.keep,
+        pieces=args.pieces,
     )
     print(summary(record))
     if record["status"].startswith("interrupted"):
@@ -174,6 +175,7 @@ def parser():
     p.add_argument("--device", default="auto")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
     p.add_argument("--stop-after", type=int, metavar="STEPS", help="stop after so many steps more")
+    p.add_argument("--pieces", type=int, default=1, help="parts of a batch, read one by one: less memory")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=300")
     p.add_argument("--out", help="folder of the records (default: data/results)")
     p = add("reproduce", reproduce)

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 
 from .model import ModelConfig
-from .tasks import TASKS, Depo, Rule110
+from .tasks import TASKS, Depo, GSMInfinite, Rule110
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class TrainConfig:
         For both optimizers, on matrices only.
     clip : float
         Largest norm of the gradient.
-    eviction : {"hard", "keys", "sliding"}
+    eviction : {"hard", "keys", "sliding", "hard-then-sliding"}
+        The last is hard for the first third of the steps: our reading of section 6.4, where one epoch in
+        three does so.
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     precision : {"float32", "bfloat16"}
@@ -74,10 +76,16 @@ class TrainConfig:
             low = 1 if name in ("steps", "batch", "eval_every", "eval_batch", "save_every") else 0
             if wanted is not str and not value >= low:
                 raise ValueError(f"train.{name} must be at least {low}; got {value}")
-        if self.eviction not in ("hard", "keys", "sliding"):
-            raise ValueError(f"train.eviction must be 'hard', 'keys' or 'sliding'; got {self.eviction!r}")
+        known = ("hard", "keys", "sliding", "hard-then-sliding")
+        if self.eviction not in known:
+            raise ValueError(f"train.eviction must be one of {', '.join(known)}; got {self.eviction!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"train.precision must be 'float32' or 'bfloat16'; got {self.precision!r}")
+
+    def eviction_at(self, step):
+        """What happens to the cache at a step: "hard" or "sliding"; at step `steps`, what a score sees."""
+        first, _, last = self.eviction.partition("-then-")
+        return last if last and 3 * step >= self.steps else first
 
 
 @dataclass(frozen=True)
@@ -287,7 +295,85 @@ def _depo_presets():
     )
 
 
-PRESETS = {e.name: e for presets in (_rule110_presets, _depo_presets) for e in presets()}
+def _gsm_infinite_presets():
+    task = GSMInfinite(
+        ops=(1, 4),
+        tokens=(64, 96),
+        theme="harbor",
+        level="medium",
+        window=96,
+        places=(2, 2),
+        kinds=(3, 3),
+        noise=(3, 3),
+        max_value=20,
+    )
+    quick = Experiment(
+        name="gsm_infinite-quick",
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, d_model=64, pattern="agag", num_heads=4, mlp_size=128),
+        train=TrainConfig(steps=400, batch=64, muon_lr=3e-3, adamw_lr=1e-3, decay=150),
+        about="1 to 4 operations, 96 tokens, width 64; minutes on one CPU core; smaller than the paper's",
+    )
+    yield quick
+    yield dataclasses.replace(
+        quick,
+        name="gsm_infinite-quick-long",
+        train=dataclasses.replace(quick.train, steps=1600, decay=600),
+        passes=(1,),
+        seeds=(0,),
+        about="gsm_infinite-quick without sleep, four times as long: the training FLOPs of N = 4",
+    )
+    for name, eviction, about in (
+        ("windows", "hard", "hard eviction"),
+        ("sliding", "sliding", "sliding eviction from the first step on"),
+        ("warmup", "hard-then-sliding", "hard eviction for a third of the steps, then sliding"),
+    ):
+        yield dataclasses.replace(
+            quick,
+            name=f"gsm_infinite-quick-{name}",
+            task=dataclasses.replace(task, window=24),
+            train=dataclasses.replace(quick.train, eviction=eviction),
+            passes=(1, 4),
+            seeds=(0,),
+            about=f"gsm_infinite-quick in windows of 24 tokens, {about}",
+        )
+    task = GSMInfinite(
+        ops=(1, 6), tokens=(200, 320), window=160, places=(2, 3), kinds=(2, 4), noise=(8, 8), max_value=100
+    )
+    yield Experiment(
+        name="gsm_infinite-small",
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, d_model=256, pattern="agag", num_heads=4),
+        train=TrainConfig(
+            steps=3000, batch=128, muon_lr=1e-3, adamw_lr=3e-4, decay=600, save_every=500, graph=True
+        ),
+        about="1 to 6 operations, 320 tokens, all themes, width 256; one GPU; smaller than the paper's",
+    )
+    task = GSMInfinite()
+    yield Experiment(
+        name="gsm_infinite-paper",
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, d_model=256, pattern="ajaj", num_heads=4),
+        # 6,000 steps of 256 sequences of 3,301 tokens: 5 billion tokens
+        train=TrainConfig(
+            steps=6000,
+            batch=256,
+            muon_lr=1e-3,
+            decay=1200,
+            checkpoint=True,
+            precision="bfloat16",
+            eval_batch=200,
+            save_every=100,
+        ),
+        passes=(1, 2, 4),
+        seeds=(0,),
+        about="the lengths, operations and rates of Figure 4, but from scratch: not its pretrained models",
+    )
+
+
+PRESETS = {
+    e.name: e for presets in (_rule110_presets, _depo_presets, _gsm_infinite_presets) for e in presets()
+}
 
 
 def get(name):

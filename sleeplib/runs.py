@@ -66,7 +66,7 @@ def make_record(trainer, status, command, commit, dirty):
     if not status.startswith("failed"):
         for split, suffix in (("test", ""), ("train", "_train_split")):
             batch = held_out(experiment.task, 8 * train.eval_batch, trainer.seed, split)
-            options = dict(passes=trainer.passes, eviction=train.eviction)
+            options = dict(passes=trainer.passes, eviction=train.eviction_at(train.steps))
             scores = evaluate(trainer.model, experiment.task, batch, **options)
             final |= {name + suffix: score for name, score in scores.items()}
     cuda = trainer.device.type == "cuda"
@@ -103,6 +103,7 @@ def run(
     resume=False,
     stop_after=None,
     keep=None,
+    pieces=1,
     progress=True,
 ):
     """Train one preset with one N and one seed, and write its record.
@@ -123,6 +124,8 @@ def run(
         Stop after that many steps more; the checkpoint stays for the next call.
     keep : path_like, optional
         Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
+    pieces : int
+        Parts in which a batch is read, where all of it does not fit into memory.
     progress : bool
         Show a progress bar on a terminal.
 
@@ -141,7 +144,8 @@ def run(
     -----
     Chapter: 11_rule110
     """
-    for name, value, low in (("passes", passes, 1), ("seed", seed, 0), ("stop_after", stop_after, 1)):
+    wanted = (("passes", passes, 1), ("seed", seed, 0), ("stop_after", stop_after, 1), ("pieces", pieces, 1))
+    for name, value, low in wanted:
         if value is None and name == "stop_after":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -153,10 +157,11 @@ def run(
         )
     checkpoint = path.with_suffix(".safetensors")
     commit = records.commit()  # of the code that runs, not of what is edited meanwhile
-    trainer = Trainer(experiment, passes, seed, device)
+    trainer = Trainer(experiment, passes, seed, device, pieces)
     if resume and checkpoint.exists():
         load_checkpoint(trainer, checkpoint)
     command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
+    command += f" --pieces {pieces}" * (pieces > 1)
     command += "".join(f" --set {change}" for change in experiment.changes())
     status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
     record = make_record(trainer, status, command, *commit)

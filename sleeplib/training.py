@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import signal
 import threading
 import time
@@ -15,6 +16,8 @@ from .device import CapturedStep, find_device, hold_on_to_memory, peak_bytes
 from .model import HybridLM
 from .muon import Muon
 from .sleep import awake_chunks, sleep_forward
+from .tasks import stream
+from .tasks.base import IGNORE
 
 DATA, TEST = 0, 1  # streams of random numbers; neither depends on N
 
@@ -90,7 +93,7 @@ def training_flops(experiment, passes):
     first, last = model.loop or (0, len(model.pattern) - 1)
     D, H, K, V = model.d_model, model.num_heads, model.K, model.V
     mlp, end = 6 * D * model.hidden, len(model.pattern) - 1
-    awake = awake_chunks(training_batch(task, experiment.train, 0, 0).labels, task.window)
+    awake = awake_chunks(task.batch(1, np.random.default_rng(0)).labels, task.window)
     total = 0
     for index, asked in enumerate(awake):
         tokens = min(task.window, task.length - index * task.window)
@@ -141,15 +144,24 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
 
     Notes
     -----
+    What lies before the first question is read without logits, and only the logits of labels are kept: at
+    3,301 tokens of 1,160 words those of all positions would take 15 MB a sequence.
+
     Chapter: 11_rule110
     """
     device = model.head.weight.device
+    options = dict(window=task.window, passes=passes, eviction=eviction)
+    awake = awake_chunks(batch.labels, task.window)
+    begin = awake.index(True) * task.window
     logits = []
-    for inputs, labels in zip(batch.inputs.split(chunk), batch.labels.split(chunk), strict=True):
-        out = sleep_forward(
-            model, inputs.to(device), labels, window=task.window, passes=passes, eviction=eviction
-        )
-        logits.append(out.logits.float().cpu())
+    for inputs, labels in zip(batch.inputs.to(device).split(chunk), batch.labels.split(chunk), strict=True):
+        state = None
+        if begin:
+            before = inputs[:, :begin], labels[:, :begin]
+            state = sleep_forward(model, *before, return_logits=False, **options).state
+        inputs, labels = inputs[:, begin:], labels[:, begin:]
+        out = sleep_forward(model, inputs, labels, state=state, **options)
+        logits.append(out.logits[(labels != IGNORE).to(device)].float().cpu())
     return task.score(torch.cat(logits), batch)
 
 
@@ -194,6 +206,9 @@ class Trainer:
         Of the weights and of the data.
     device : str
         "auto", "cpu", "cuda", or one CUDA device.
+    pieces : int
+        Parts in which a batch is read, one after the other, where all of it does not fit into memory.  The
+        gradient is that of the whole batch but for rounding; no part is captured as a CUDA graph.
 
     Attributes
     ----------
@@ -208,8 +223,8 @@ class Trainer:
     Chapter: 11_rule110
     """
 
-    def __init__(self, experiment, passes, seed, device="auto"):
-        self.experiment, self.passes, self.seed = experiment, passes, seed
+    def __init__(self, experiment, passes, seed, device="auto", pieces=1):
+        self.experiment, self.passes, self.seed, self.pieces = experiment, passes, seed, pieces
         self.device = find_device(device)
         if self.device.type == "cpu":
             hold_on_to_memory()
@@ -229,7 +244,9 @@ class Trainer:
         self.awake = awake_chunks(first.labels, task.window)
         self.test = held_out(task, train.eval_batch, seed)
         self.data_hash = data_hash(first, self.test)
-        self.graph = None
+        self.workers = 0 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
+        self.batches, self.drawn = None, None  # batches drawn ahead, and the step that the next one is for
+        self.graph, self.captured = None, None  # a captured step, and its eviction
 
     def loss(self, inputs, labels):
         """Mean cross-entropy of Algorithm 1 on a batch."""
@@ -243,7 +260,7 @@ class Trainer:
                 labels,
                 window=self.experiment.task.window,
                 passes=self.passes,
-                eviction=train.eviction,
+                eviction=train.eviction_at(self.step),
                 checkpoint=train.checkpoint,
                 return_logits=False,
                 awake=self.awake,
@@ -251,20 +268,34 @@ class Trainer:
 
     def forward_backward(self, batch):
         """Leave the gradient of one batch in the parameters; return the loss, still on the device."""
-        if self.experiment.train.graph and self.device.type == "cuda":
-            self.graph = self.graph or CapturedStep(self, batch)
+        train = self.experiment.train
+        if train.graph and self.device.type == "cuda" and self.pieces == 1:
+            if self.graph is None or self.captured != train.eviction_at(self.step):
+                self.graph = None  # let go of the old one's memory first
+                self.graph, self.captured = CapturedStep(self, batch), train.eviction_at(self.step)
             return self.graph(batch)
         for p in self.model.parameters():
             p.grad = None
-        loss = self.loss(batch.inputs.to(self.device), batch.labels.to(self.device))
-        loss.backward()
-        return loss.detach()
+        total, asked = 0.0, (batch.labels != IGNORE).sum().item()
+        for inputs, labels in zip(batch.inputs.chunk(self.pieces), batch.labels.chunk(self.pieces)):
+            share = (labels != IGNORE).sum().item() / asked
+            loss = self.loss(inputs.to(self.device), labels.to(self.device)) * share
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def next_batch(self):
+        """What :func:`training_batch` draws for the step in hand, ahead of time where there are workers."""
+        if self.drawn != self.step:  # at the start, and when a checkpoint was loaded
+            task, count = self.experiment.task, self.experiment.train.batch
+            self.batches = stream(task, count, (self.seed, DATA), start=self.step, workers=self.workers)
+        self.drawn = self.step + 1
+        return next(self.batches)
 
     def train_step(self):
         """One optimizer step on the next batch."""
         train = self.experiment.train
-        batch = training_batch(self.experiment.task, train, self.seed, self.step)
-        loss = self.forward_backward(batch)
+        loss = self.forward_backward(self.next_batch())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip, foreach=True)
         muon, adamw = self.optimizers
         muon.param_groups[0]["lr"] = train.muon_lr * schedule(self.step, train)
@@ -280,7 +311,8 @@ class Trainer:
         self.losses.zero_()
         if not math.isfinite(total):
             raise FloatingPointError(f"loss is not finite near step {self.step}")
-        metrics = evaluate(self.model, task, self.test, passes=self.passes, eviction=train.eviction)
+        eviction = train.eviction_at(train.steps)
+        metrics = evaluate(self.model, task, self.test, passes=self.passes, eviction=eviction)
         self.curve.append(
             {
                 "step": self.step,
@@ -326,6 +358,7 @@ class Trainer:
                 status = f"failed: weights are not finite near step {self.step}"
             finally:
                 bar.close()
+                self.batches = self.drawn = None  # workers end here
             self._clock(began)
             if save and not (status or "").startswith("failed"):
                 save()

@@ -1,7 +1,10 @@
 """The command line: what it prints, and that bad input is one line and exit code 2."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -12,6 +15,7 @@ from test_training import TINY
 import sleeplib as sl
 from sleeplib import __main__ as command_line
 from sleeplib import records
+from sleeplib.scorecard import judge
 
 
 def call(capsys, *argv):
@@ -143,6 +147,41 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
     quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
     assert started == [*quick, ("rule110-quick-long", 1, 0)]
+
+
+def test_the_scorecard_judges_every_figure_by_presets_that_exist(capsys):
+    claims = json.loads((records.data_dir() / "paper" / "claims.json").read_text())
+    code, out, _ = call(capsys, "scorecard")
+    assert code == 0
+    for claim in claims:
+        assert f"Figure {claim['figure']}: {claim['claim']}: " in out
+        for name in sum(claim["presets"], []):
+            assert sl.experiments.get(name)
+
+
+@pytest.mark.parametrize(
+    "scores, verdict",
+    [
+        ((0.5, 0.6, 0.7), "partly"),
+        ((0.5, 0.4, 0.7), "not"),
+        ((0.7, 0.6, 0.5), "not"),
+        ((0.5, 0.505, 0.51), "not"),
+    ],
+)
+def test_the_verdict_follows_the_order_of_the_means_and_ignores_what_chance_can_do(tmp_path, scores, verdict):
+    claim = dict(figure="0", claim="more is better", paper="-", kind="rises with passes", metric="exact")
+    claim |= dict(presets=[["rule110-paper"], ["rule110-quick"]])
+    assert judge(claim, tmp_path)["verdict"] == "not run"
+    for passes, score in zip((1, 2, 4), scores):
+        record = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick", passes=passes, seed=0)
+        record |= dict(status="done", final={"exact": score}, device="abacus")
+        records.save_record(record, tmp_path)
+    assert judge(claim, tmp_path)["verdict"] == verdict
+
+
+def test_make_reproduce_knows_every_task():
+    makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
+    assert re.search(r"^TASKS \?= (.*)$", makefile, re.MULTILINE)[1].split() == list(sl.tasks.TASKS)
 
 
 def test_doctor_finds_this_machine_well(capsys):

@@ -22,6 +22,22 @@ def test_the_presets_of_the_issue():
     assert {"rule110-quick", "rule110-small", "rule110-paper"} <= set(sl.experiments.PRESETS)
 
 
+def test_the_presets_of_gsm_infinite():
+    paper = sl.experiments.get("gsm_infinite-paper")
+    task, train = paper.task, paper.train
+    assert (task.tokens, task.window, task.ops, task.question_first) == ((2000, 3300), 2000, (1, 8), True)
+    assert (train.batch, train.muon_lr, train.adamw_lr, train.eviction) == (256, 1e-3, 5e-5, "hard")
+    assert 8 * train.eval_batch == 1600  # held-out problems in the end
+    quick, windows, sliding, warmup = (
+        sl.experiments.get(f"gsm_infinite-quick{name}") for name in ("", "-windows", "-sliding", "-warmup")
+    )
+    assert quick.passes == (1, 2, 4) and quick.seeds == (0, 1, 2)
+    assert not quick.task.solution and quick.task.question_first
+    for other, eviction in ((windows, "hard"), (sliding, "sliding"), (warmup, "hard-then-sliding")):
+        assert other.model == quick.model and other.task == windows.task
+        assert other.train == dataclasses.replace(quick.train, eviction=eviction)
+
+
 @pytest.mark.parametrize("name", sl.experiments.PRESETS)
 def test_every_preset_fits_together(name):
     experiment = sl.experiments.get(name)
@@ -57,7 +73,7 @@ def test_a_setting_is_read_as_its_type(data):
                 ("train.steps", data.draw(st.integers(1, 10**6))),
                 ("train.clip", data.draw(st.floats(0.1, 10))),
                 ("train.checkpoint", data.draw(st.booleans())),
-                ("train.eviction", data.draw(st.sampled_from(["hard", "sliding"]))),
+                ("train.eviction", data.draw(st.sampled_from(["hard", "sliding", "hard-then-sliding"]))),
                 ("model.loop", data.draw(st.sampled_from([None, (0, 1), (1, 3)]))),
                 ("model.mlp_size", data.draw(st.integers(1, 99))),
             ]

@@ -335,6 +335,103 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch):
     same(record, train(tmp_path / "whole", experiment))
 
 
+# What is drawn, what is scored
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_draw_the_batches_of_the_seed_also_after_a_resume(tmp_path, workers):
+    experiment = tiny_experiment(steps=7, eval_every=1)
+    seen = []
+    honest = sl.Trainer.forward_backward
+
+    def forward_backward(self, batch):
+        seen.append(batch)
+        return honest(self, batch)
+
+    with patch.object(sl.Trainer, "forward_backward", forward_backward):
+        whole, first, second = (sl.Trainer(experiment, 2, 3, device="cpu") for _ in range(3))
+        for trainer in (whole, first, second):
+            trainer.workers = workers
+        whole.run(progress=False)
+        for _ in range(2):  # once more in the same process, then in a new one
+            first.run(2, progress=False)
+        runs.save_checkpoint(first, tmp_path / "x.safetensors")
+        second.train_step()  # a batch of another step was drawn already
+        seen.pop()
+        runs.load_checkpoint(second, tmp_path / "x.safetensors")
+        second.run(progress=False)
+    wanted = [training.training_batch(experiment.task, experiment.train, 3, step) for step in range(7)]
+    assert len(seen) == 14
+    for batch, right in zip(seen, 2 * wanted):
+        assert torch.equal(batch.inputs, right.inputs) and torch.equal(batch.labels, right.labels)
+    assert whole.curve == second.curve and whole.batches is None
+
+
+@pytest.mark.parametrize("passes, eviction", [(1, "hard"), (3, "hard"), (2, "sliding")])
+def test_a_score_is_that_of_all_logits_and_keeps_only_those_of_labels(passes, eviction):
+    small = dict(d_model=16, pattern="agag", num_heads=2, mlp_size=16)
+    story = dict(ops=(1, 2), tokens=(60, 96), places=(1, 2), kinds=(1, 2), noise=(3, 3))
+    for task in (
+        sl.tasks.Rule110(width=8, strings=2, steps=1),
+        sl.tasks.Depo(nodes=4, hops=4, letters=4, word=(1, 2), queries=2, windows=2, fewest=3),
+        sl.tasks.GSMInfinite(**story, window=24),
+        sl.tasks.GSMInfinite(**story, window=99),
+    ):
+        model = sl.HybridLM(sl.ModelConfig(vocab_size=task.vocab_size, **small))
+        batch = training.held_out(task, 20, 0)
+        options = dict(window=task.window, passes=passes, eviction=eviction)
+        with torch.no_grad():
+            pieces = [
+                sl.sleep_forward(model, inputs, labels, **options).logits
+                for inputs, labels in zip(batch.inputs.split(7), batch.labels.split(7))
+            ]
+        wanted = task.score(torch.cat(pieces), batch)
+        with patch.object(type(task), "score", autospec=True, side_effect=type(task).score) as scored:
+            found = training.evaluate(model, task, batch, passes=passes, eviction=eviction, chunk=7)
+        assert found == wanted
+        assert scored.call_args.args[1].shape == (int((batch.labels >= 0).sum()), task.vocab_size)
+
+
+@pytest.mark.parametrize("wrong", [(5, 3, 4), (6, 4)])
+def test_logits_that_fit_neither_tokens_nor_labels_are_refused(wrong):
+    labels = torch.full((5, 8), -100)
+    labels[:, 7] = 1
+    batch = sl.tasks.Batch(labels.clamp(0), labels)
+    with pytest.raises(ValueError, match="do not fit labels"):
+        sl.tasks.Rule110(width=3, strings=1, steps=1).score(torch.zeros(wrong), batch)
+
+
+# Hard eviction first, then sliding
+
+
+def test_hard_eviction_gives_way_to_sliding_after_a_third():
+    train = tiny_experiment(steps=9, eviction="hard-then-sliding").train
+    assert [train.eviction_at(step) for step in range(10)] == 3 * ["hard"] + 7 * ["sliding"]
+    for eviction in ("hard", "sliding"):
+        assert {replace(train, eviction=eviction).eviction_at(step) for step in range(10)} == {eviction}
+
+
+def test_the_recipe_is_one_eviction_then_the_other_also_in_pieces(tmp_path):
+    options = dict(steps=6, eval_every=2, save_every=1)
+    recipe = tiny_experiment(eviction="hard-then-sliding", **options)
+    whole = train(tmp_path / "whole", recipe)
+    for _ in range(3):
+        piece = train(tmp_path / "pieces", recipe, resume=True, stop_after=2)
+    same(piece, whole)
+    hard, sliding = (train(tmp_path / e, tiny_experiment(eviction=e, **options)) for e in ("hard", "sliding"))
+    losses = [[point["loss"] for point in record["curve"]] for record in (whole, hard, sliding)]
+    assert losses[0][0] == losses[1][0] != losses[2][0]  # two hard steps
+    assert losses[0][1] != losses[1][1]
+    # All are scored with the eviction that they end with.
+    trainer = sl.Trainer(recipe, 2, 0, device="cpu")
+    trainer.run(2, progress=False)
+    scores = [
+        training.evaluate(trainer.model, recipe.task, trainer.test, passes=2, eviction=e)
+        for e in ("sliding", "hard")
+    ]
+    assert scores[0] == trainer.curve[-1]["metrics"] != scores[1]
+
+
 # Optimizers, schedule, loss
 
 
@@ -391,6 +488,22 @@ def test_checkpointing_over_windows_changes_no_gradient():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("pieces", [2, 3, 9])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces):
+    """Also where the pieces differ in size and a row has several labels."""
+    gradients, losses = [], []
+    for count in (1, pieces):
+        trainer = sl.Trainer(tiny_experiment(batch=7), 2, 0, device="cpu", pieces=count)
+        task, config = trainer.experiment.task, trainer.experiment.train
+        batch = training.training_batch(task, config, 0, 0)
+        batch.labels[0, -2] = batch.labels[3, -1] = -100  # pieces with fewer labels count less
+        losses.append(trainer.forward_backward(batch))
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    close(losses[1], losses[0], 1e-6)
+    for a, b in zip(*gradients):
+        close(b, a, 1e-5)
+
+
 def test_bfloat16_trains_with_a_float32_state():
     trainer = sl.Trainer(tiny_experiment(precision="bfloat16"), 2, 0, device="cpu")
     plain = sl.Trainer(tiny_experiment(), 2, 0, device="cpu")
@@ -409,6 +522,7 @@ def test_bfloat16_trains_with_a_float32_state():
         ("passes must be an int of at least 1; got True", dict(passes=True)),
         ("seed must be an int of at least 0; got -1", dict(seed=-1)),
         ("stop_after must be an int of at least 1; got 0", dict(stop_after=0)),
+        ("pieces must be an int of at least 1; got 0", dict(pieces=0)),
     ],
 )
 def test_a_bad_call_is_refused(tmp_path, names, options):

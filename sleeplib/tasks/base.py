@@ -53,7 +53,13 @@ def check_ints(name, values, count):
 
 
 def score(logits, batch):
-    """Score logits (B, T, vocab) against a batch.
+    """Score logits against a batch.
+
+    Parameters
+    ----------
+    logits : torch.Tensor, shape (B, T, vocab) or (labels, vocab)
+        For every position, or only for those with a label, row by row.
+    batch : Batch
 
     Returns
     -------
@@ -62,12 +68,13 @@ def score(logits, batch):
         ``loss/<group>`` over the labels of that group and ``exact/<group>`` over its answers.  Neighbouring
         labels of one group are one answer, right if all of them are.
     """
-    if logits.shape[:2] != batch.labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(batch.labels.shape)}")
     logits, labels = logits.detach().float().cpu(), batch.labels.cpu()
     asked = labels != IGNORE
-    loss = F.cross_entropy(logits[asked], labels[asked], reduction="none")
-    right = logits[asked].argmax(-1) == labels[asked]
+    if logits.shape[:-1] not in (labels.shape, (int(asked.sum()),)):
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}")
+    logits = logits if logits.ndim == 2 else logits[asked]
+    loss = F.cross_entropy(logits, labels[asked], reduction="none")
+    right = logits.argmax(-1) == labels[asked]
     missed = torch.zeros_like(asked)
     missed[asked] = ~right
     result = {

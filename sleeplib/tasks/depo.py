@@ -274,7 +274,10 @@ class Depo:
         return dict(_chance(self))
 
     def score(self, logits, batch):
-        """Score logits (B, T, vocab) on a batch; ``exact/<k>`` counts whole answers, ``loss/<k>`` tokens."""
+        """Score logits (B, T, vocab), or only those of labels (labels, vocab), on a batch.
+
+        ``exact/<k>`` counts whole answers, ``loss/<k>`` tokens.
+        """
         return score(logits, batch)
 
 

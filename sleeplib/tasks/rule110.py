@@ -166,7 +166,10 @@ class Rule110:
         return dict(_chance(dataclasses.replace(self, strings=1), self.strings))
 
     def score(self, logits, batch):
-        """Score logits (B, T, vocab) on a batch: ``loss``, ``token`` and ``exact`` (all labels right)."""
+        """Score logits (B, T, vocab), or only those of labels (labels, vocab), on a batch.
+
+        ``loss``, ``token`` and ``exact`` (all labels right).
+        """
         return score(logits, batch)
 
 

@@ -1,9 +1,14 @@
 """Batches drawn ahead by worker processes."""
 
+import signal
 from itertools import count as count_from
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+
+def _leave_ctrl_c_to_the_run(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Steps(IterableDataset):
@@ -54,4 +59,5 @@ def stream(task, count, seed, *, start=0, split="train", workers=0):
             raise ValueError(f"{name} must be an int of at least 0; got {value!r}")
     seed = tuple(seed) if np.ndim(seed) else (seed,)
     steps = _Steps(task, count, seed, start, split)
-    return iter(DataLoader(steps, batch_size=None, num_workers=workers))
+    loader = DataLoader(steps, batch_size=None, num_workers=workers, worker_init_fn=_leave_ctrl_c_to_the_run)
+    return iter(loader)

@@ -304,7 +304,7 @@ class GSMInfinite:
         return dict(estimate_chance(self))
 
     def score(self, logits, batch):
-        """Score logits (B, T, vocab) on a batch.
+        """Score logits (B, T, vocab), or only those of labels (labels, vocab), on a batch.
 
         Returns
         -------
