@@ -67,6 +67,18 @@ def summary(record):
     return f"{where}: {record['status']}; {scores}; {record['seconds']:.0f} s on {record['device']}"
 
 
+def shares(jobs):
+    """The processor cores in `jobs` shares; none where the system cannot bind a thread to cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[i::jobs]) for i in range(jobs)] if len(cores) >= jobs else []
+
+
+def take_a_share(left):
+    """Bind this thread, and the processes that it starts, to cores of its own: none moves, none waits."""
+    if left:
+        os.sched_setaffinity(0, left.pop())
+
+
 def reproduce(args):
     """Run every N and seed of a task's presets that has no finished record yet, `jobs` at a time."""
     name = f"{args.task}-{args.scale}"
@@ -87,7 +99,7 @@ def reproduce(args):
                     for option in ("out", "keep"):
                         command += [f"--{option}", value] if (value := getattr(args, option)) else []
                     commands.append(command)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs, initializer=take_a_share, initargs=(shares(jobs),)) as pool:
         futures = [pool.submit(subprocess.run, command, env=environment) for command in commands]
         try:
             codes = [future.result().returncode for future in futures]

@@ -321,7 +321,7 @@ def _gsm_infinite_presets():
         train=dataclasses.replace(quick.train, steps=1600, decay=600),
         passes=(1,),
         seeds=(0,),
-        about="gsm_infinite-quick without sleep, four times as long: the training FLOPs of N = 4",
+        about="gsm_infinite-quick without sleep, four times as long: nearly the training FLOPs of N = 4",
     )
     for name, eviction, about in (
         ("windows", "hard", "hard eviction"),

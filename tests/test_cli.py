@@ -1,9 +1,11 @@
 """The command line: what it prints, and that bad input is one line and exit code 2."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -147,6 +149,21 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
     quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
     assert started == [*quick, ("rule110-quick-long", 1, 0)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no binding of threads to cores here")
+def test_jobs_share_the_cores_and_their_children_keep_to_theirs():
+    ours = os.sched_getaffinity(0)
+    for jobs in (1, len(ours)):
+        found = command_line.shares(jobs)
+        assert len(found) == jobs and set().union(*found) == ours and sum(map(len, found)) == len(ours)
+    assert command_line.shares(len(ours) + 1) == []
+    code = "import os; print(*os.sched_getaffinity(0))"
+    (share,) = kept = [{min(ours)}]
+    with ThreadPoolExecutor(1, initializer=command_line.take_a_share, initargs=(kept,)) as pool:
+        child = pool.submit(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+        assert {int(core) for core in child.result().stdout.split()} == share
+    assert os.sched_getaffinity(0) == ours  # only that thread was bound
 
 
 def test_the_scorecard_judges_every_figure_by_presets_that_exist(capsys):
