@@ -28,7 +28,8 @@ class Muon(torch.optim.Muon):
             for (rows, columns), matrices in shapes.items():
                 grads = [p.grad for p in matrices]
                 for p in matrices:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momenta = [self.state[p]["momentum_buffer"] for p in matrices]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, momenta, group["momentum"])

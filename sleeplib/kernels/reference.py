@@ -20,9 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .jit import LOOPS, launch
 
-SEGMENT = (
-    16  # the forward pass keeps the state after every SEGMENT steps; the backward pass recomputes between
-)
+SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
 
 
 @njit(**LOOPS)
