@@ -208,6 +208,14 @@ def _rule110_presets():
         seeds=(0,),
         about="rule110-quick without sleep, run on until it learns too",
     )
+    for t in (2, 4, 8, 10):
+        yield dataclasses.replace(
+            quick,
+            name=f"rule110-ablation-t{t}",
+            task=dataclasses.replace(quick.task, steps=t),
+            passes=(1, 4),
+            about=f"rule110-quick at t = {t}: a small Figure 2a, with and without sleep",
+        )
     yield dataclasses.replace(
         quick,
         name="rule110-ablation-hebbian",

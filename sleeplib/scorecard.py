@@ -35,8 +35,13 @@ def judge(claim, out=None):
     row = {key: claim[key] for key in ("figure", "claim", "paper")}
     row |= dict(ours="-", scale="-", seeds="-", device="-", verdict="not run")
     for presets in claim["presets"]:
-        done = [r for preset in presets for r in load_records(preset, out=out) if r["status"] == "done"]
-        by_steps = claim["kind"] == "falls with task.steps"
+        by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
+        done = [
+            r
+            for preset in presets
+            for r in load_records(preset, passes=1 if by_steps else None, out=out)
+            if r["status"] == "done"
+        ]
         groups = {}
         for r in done:
             x = r["config"]["task"]["steps"] if by_steps else r["passes"]
@@ -48,7 +53,8 @@ def judge(claim, out=None):
         full = "paper" in presets[0]
         letter = "t" if by_steps else "N"
         row["ours"] = ", ".join(f"{letter} = {x} {mean(groups[x]):.3f}" for x in sorted(groups))
-        row["scale"] = "the paper's" if full else f"{presets[0]}, smaller than the paper's"
+        used = ", ".join(preset for preset in presets if any(r["preset"] == preset for r in done))
+        row["scale"] = "the paper's" if full else f"{used}, smaller than the paper's"
         row["seeds"] = str(min(len(scores) for scores in groups.values()))
         row["device"] = ", ".join(sorted({r["device"] for r in done}))
         row["verdict"] = ("reproduced" if full else "partly") if ordered else "not"

@@ -196,6 +196,24 @@ def test_the_verdict_follows_the_order_of_the_means_and_ignores_what_chance_can_
     assert judge(claim, tmp_path)["verdict"] == verdict
 
 
+def test_a_claim_about_depth_is_judged_without_sleep(tmp_path):
+    claim = dict(
+        figure="0", claim="deeper is harder", paper="-", kind="falls with task.steps", metric="exact"
+    )
+    claim |= dict(presets=[["rule110-ablation-t2", "rule110-quick"]])
+    for preset, passes, score in (
+        ("rule110-ablation-t2", 1, 0.9),
+        ("rule110-quick", 1, 0.5),
+        ("rule110-quick", 4, 1.0),  # with sleep the order is another; it does not count
+    ):
+        record = dict.fromkeys(records.KEYS) | dict(preset=preset, passes=passes, seed=0, status="done")
+        record |= dict(final={"exact": score}, device="abacus", config=sl.experiments.get(preset).config())
+        records.save_record(record, tmp_path)
+    row = judge(claim, tmp_path)
+    assert row["verdict"] == "partly" and row["ours"] == "t = 2 0.900, t = 6 0.500"
+    assert row["scale"].startswith("rule110-ablation-t2, rule110-quick, smaller")
+
+
 def test_make_reproduce_knows_every_task():
     makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
     assert re.search(r"^TASKS \?= (.*)$", makefile, re.MULTILINE)[1].split() == list(sl.tasks.TASKS)
