@@ -1,4 +1,4 @@
-"""``python -m sleeplib bench``: speed beside transformers' kernels, streaming, and memory, in one run.
+"""``python -m sleeplib bench``: speed beside transformers' kernels, data, streaming, memory, in one run.
 
 A benchmark, never a test: it prints medians of runs taken in turn, so that a drift of the machine's speed
 falls on both sides alike.
@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -123,6 +124,18 @@ def training_step(repeats, preset="rule110-quick"):
         )
 
 
+def generators(repeats, presets=("rule110-paper", "depo-paper", "gsm_infinite-small")):
+    """Time what draws a training batch, on one core, data split and labels included."""
+    rng = np.random.default_rng(0)
+    for preset in presets:
+        experiment = experiments.get(preset)
+        task, size = experiment.task, experiment.train.batch
+        (seconds,) = in_turn([partial(task.batch, size, rng)], repeats)
+        print(
+            f"{preset}: a batch of {size} in {seconds * 1e3:.2f} ms, {size / seconds:,.0f} sequences a second"
+        )
+
+
 def streaming(preset="rule110-quick", tokens=100_000, piece=4):
     """Time reading after sleep, the nap itself, and count carried bytes along a long stream."""
     experiment = experiments.get(preset)
@@ -220,5 +233,6 @@ def main(repeats=9):
         kernels(repeats)
         attention(repeats)
         training_step(repeats)
+    generators(repeats)
     streaming()
     memory()
