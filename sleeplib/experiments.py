@@ -285,12 +285,29 @@ def _depo_presets():
         about="5 nodes, 4 hops, 2 windows, width 64; minutes on two CPU cores; smaller than the paper's",
     )
     task = Depo(nodes=8, hops=4, letters=10, word=(1, 1), queries=8, windows=2, fewest=8)
-    yield Experiment(
+    ring = Experiment(
         name="depo-ablation-ring8",
         task=task,
         model=ModelConfig(vocab_size=task.vocab_size, d_model=64, pattern="agag", num_heads=4, mlp_size=128),
         train=TrainConfig(steps=4000, batch=64, muon_lr=4e-3, adamw_lr=1e-3, decay=800, eval_batch=256),
         about="8 nodes, where 4 hops are 4 lookups either way; width 64; smaller than the paper's",
+    )
+    yield ring
+    yield dataclasses.replace(
+        ring,
+        name="depo-ablation-long",
+        train=dataclasses.replace(ring.train, steps=8200, decay=1640),
+        passes=(1,),
+        seeds=(0,),
+        about="depo-ablation-ring8 without sleep, for the training FLOPs of N = 4",
+    )
+    yield dataclasses.replace(
+        ring,
+        name="depo-ablation-deep",
+        model=dataclasses.replace(ring.model, pattern="ag" * 4),
+        passes=(1,),
+        seeds=(0,),
+        about="depo-ablation-ring8 without sleep, twice as deep: the training FLOPs of N = 4",
     )
     task = Depo(nodes=25, hops=8, queries=8, windows=2)
     yield Experiment(
