@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
+from sleeplib.training import training_flops
 
 QUICK = sl.experiments.get("rule110-quick")
 
@@ -36,6 +37,15 @@ def test_the_presets_of_gsm_infinite():
     for other, eviction in ((windows, "hard"), (sliding, "sliding"), (warmup, "hard-then-sliding")):
         assert other.model == quick.model and other.task == windows.task
         assert other.train == dataclasses.replace(quick.train, eviction=eviction)
+
+
+def test_the_rivals_without_sleep_cost_what_four_passes_cost():
+    ring, long, deep = (sl.experiments.get(f"depo-ablation-{name}") for name in ("ring8", "long", "deep"))
+    budget = training_flops(ring, 4) * ring.train.steps
+    for rival in (long, deep):
+        assert rival.passes == (1,) and rival.task == ring.task
+        assert abs(training_flops(rival, 1) * rival.train.steps / budget - 1) < 0.01
+    assert ring.task.nodes == 2 * ring.task.hops  # no shorter way back than four hops
 
 
 @pytest.mark.parametrize("name", sl.experiments.PRESETS)
