@@ -5,11 +5,14 @@ into fast weights, by a learned local rule; then it wakes with an empty cache an
 """
 
 from . import experiments, tasks
+from .algorithm import evict, sleep, sleep_forward
+from .interface import Sleepable
 from .kernels import gated_delta_rule, gated_hebbian_rule
-from .model import HybridLM, LMState, ModelConfig
+from .model import HybridLM, ModelConfig
 from .records import load_records
 from .runs import run
-from .sleep import Sleeper, evict, sleep, sleep_forward
+from .sleeper import Sleeper
+from .state import LMState
 from .training import Trainer, evaluate
 
 __version__ = "0.1.0"
@@ -18,6 +21,7 @@ __all__ = [
     "HybridLM",
     "LMState",
     "ModelConfig",
+    "Sleepable",
     "Sleeper",
     "Trainer",
     "evaluate",

@@ -1,17 +1,22 @@
 """The layers of a hybrid: attention with a cache that can be dropped, fast weights that stay.
 
-Every mixer maps ``(x, memory) -> (y, memory)``, where memory is the triple of what a block carries in time:
+Every mixer maps ``(x, memory) -> (y, memory)``, where :class:`Memory` is what a block carries in time.
 
-    S     (B, H, K, V)   the fast weight, or None in an attention block
-    kv    (k, v)         cached keys (not yet rotated) and values, each (B, S, H, K), or None
-    conv  (B, taps - 1, channels), the newest inputs of the convolution, or None
-
-B batch, T time, D model width, H heads, K key size, V value size.
+======  ===========================  ======  =====================================
+letter  what it counts               letter  what it is
+======  ===========================  ======  =====================================
+B       sequences in a batch         x, y    what a layer reads and gives, (B, T, D)
+T       tokens read now              q, k    queries and keys, (B, T, H, K)
+S       keys seen, cached and new    v       values, (B, T, H, V)
+D       model width                  beta    writing strength, (B, T, H)
+H       heads                        g       log decay, (B, T, H)
+K, V    size of a key, of a value    ``.S``  the fast weight, (B, H, K, V)
+C       channels of a convolution    o       what the fast weight answers, (B, T, H, V)
+======  ===========================  ======  =====================================
 """
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +27,24 @@ from .kernels import (
     gated_delta_rule,
     gated_hebbian_rule,
     rms_norm,
-    rotate_pairs,
     softmax_attention,
     swiglu,
-    unit_heads,
-    with_context,
 )
+from .kernels import rotate_pairs as apply_rotary
+from .kernels import unit_heads as split_heads
+from .kernels import with_context as prepend_context
+from .state import Memory
+
+
+def compiled(*xs):
+    return all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) for x in xs)
+
+
+def softmax_attention(q, k, v, sliding_window=None, f=softmax_attention):
+    return f(q, k, v, window=sliding_window)
+
 
 SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
-
-
-class Memory(NamedTuple):
-    """What one block carries from token to token; see the module's first lines.
-
-    Chapter: 04_delta_rule
-    """
-
-    S: torch.Tensor | None = None
-    kv: tuple | None = None
-    conv: torch.Tensor | None = None
 
 
 def linear(fan_in, fan_out, zero=False):
@@ -51,8 +55,20 @@ def linear(fan_in, fan_out, zero=False):
 
 
 def project(x, *layers):
-    """Apply several bias-free projections to the same x (B, T, D) in one product; outputs side by side."""
-    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    """Apply several bias-free projections to the same x (B, T, D); outputs side by side.
+
+    In one product where a layer is nothing but its weight.  A layer that somebody has hooked, wrapped or
+    replaced (LoRA, quantisation, pruning) is called, as any module is.
+    """
+    if all(_is_plain(layer) for layer in layers):
+        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def _is_plain(layer):
+    """Whether calling this layer is multiplying by its weight and nothing else."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and layer.bias is None and not any(hooks) and "forward" not in vars(layer)
 
 
 class RMSNorm(nn.Module):
@@ -80,13 +96,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, gate)
 
 
+def rotary_angles(positions, size, base, dtype):
+    """cos and sin of the rotary angles of positions (...), each (..., size / 2)."""
+    inv_freq = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
+    angles = positions.double().unsqueeze(-1) * inv_freq
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a table first made in inference mode must serve training too
-def _angles(length, size, base, dtype, device):
-    """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, size / 2)."""
-    rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
-    angles = torch.arange(length, dtype=torch.float64, device=device).outer(rates)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def _rotary_table(length, size, base, dtype):
+    """The angles of positions 0 .. length - 1, kept: on a CPU making them takes as long as using them."""
+    return rotary_angles(torch.arange(length), size, base, dtype)
 
 
 def rotate(x, start, base):
@@ -98,7 +119,10 @@ def rotate(x, start, base):
     Chapter: 01_attention
     """
     T, K = x.shape[1], x.shape[3]
-    return rotate_pairs(x, *(table[start:] for table in _angles(start + T, K, base, x.dtype, x.device)))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return apply_rotary(x, *(table[start:] for table in _rotary_table(start + T, K, base, x.dtype)))
+    positions = torch.arange(start, start + T, device=x.device)
+    return apply_rotary(x, *rotary_angles(positions, K, base, x.dtype))
 
 
 class Attention(nn.Module):
@@ -122,26 +146,60 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (linear(d_model, d_model) for _ in range(3))
         self.o = linear(d_model, d_model, zero=True)
 
-    def forward(self, x, memory, window=None, wanted=True):
-        """Map x (B, T, D) to y (B, T, D), None if not `wanted`; a query sees its newest `window` keys."""
+    def forward(self, x, memory, sliding_window=None, write_only=False):
+        """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with the new keys.
+
+        A query sees the keys of its newest `sliding_window` positions, all if None.
+        """
         q, k, v = project(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        ages = self._check(memory, k)
         if memory.kv is not None:
-            k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)
-        if not wanted:
-            return None, Memory(kv=(k, v))
-        turned = rotate(q, k.shape[1] - q.shape[1], self.rope_base), rotate(k, 0, self.rope_base)
-        return self.o(attend(*turned, v, window).flatten(2)), Memory(kv=(k, v))
+            k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)  # (B, S, H, K)
+        T, S = q.shape[1], k.shape[1]
+        if ages is not None:
+            new = torch.arange(T, 0, -1, device=x.device).expand(*ages.shape[:-1], T)
+            ages = torch.cat((ages + T, new), dim=-1)  # (S,) or (B, S)
+        memory = Memory(kv=(k, v), ages=ages)
+        if write_only:
+            return None, memory
+        if ages is None:
+            q, k = rotate(q, S - T, self.rope_base), rotate(k, 0, self.rope_base)
+        else:
+            positions = ages.amax(dim=-1, keepdim=True) - ages
+            turns = rotary_angles(positions, q.shape[3], self.rope_base, x.dtype)
+            q, k = apply_rotary(q, *(table[..., S - T :, :] for table in turns)), apply_rotary(k, *turns)
+        return self.o(attend(q, k, v, sliding_window, ages).flatten(2)), memory
+
+    def _check(self, memory, k):
+        """Raise ValueError if the memory is not one of this layer's; return the ages of its keys."""
+        if memory.S is not None or memory.conv is not None:
+            raise ValueError("state: an attention block carries no fast weight and no convolution context")
+        if memory.kv is None:
+            return None
+        (B, _, H, K), old = k.shape, memory.kv[0].shape
+        fits = len(old) == 4 and (old[0], *old[2:]) == (B, H, K) and memory.kv[1].shape == old
+        ages = memory.ages
+        if not fits or ages is not None and tuple(ages.shape) not in ((old[1],), (B, old[1])):
+            shapes = [tuple(x.shape) for x in (*memory.kv, ages) if x is not None]
+            raise ValueError(f"state: cached keys and values must be (B, S, H, K) = ({B}, S, {H}, {K}); got {shapes}")
+        return ages
 
 
-def attend(q, k, v, window=None):
-    """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys."""
+def attend(q, k, v, sliding_window=None, ages=None):
+    """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys.
+
+    Keys stand where `ages` (S,) or (B, S) says, side by side if None.
+    """
     T, S = q.shape[1], k.shape[1]
-    if q.device.type == "cpu" and S <= SHORT and q.dtype in (torch.float32, torch.float64):
-        return softmax_attention(q, k, v, window=window)
-    whole, mask = window is None or window >= S, None
-    if T > 1 and not (whole and S == T) or not whole:
-        age = torch.arange(S - T, S, device=q.device).unsqueeze(1) - torch.arange(S, device=q.device)
-        mask = (age >= 0) if whole else (age >= 0) & (age < window)  # (T, S), age of a key for a query
+    whole = sliding_window is None or ages is None and sliding_window >= S
+    if S <= SHORT and (whole or ages is None) and compiled(q, k, v):
+        return softmax_attention(q, k, v, sliding_window=None if whole else sliding_window)
+    mask = None
+    if not whole or T > 1 and S > T:
+        ages = torch.arange(S, 0, -1, device=q.device) if ages is None else ages
+        age = ages.unsqueeze(-2) - ages[..., S - T :].unsqueeze(-1)  # (T, S) or (B, T, S): of a key for a query
+        mask = (age >= 0) if whole else (age >= 0) & (age < sliding_window)
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # one for all heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
     return y.transpose(1, 2)
@@ -150,7 +208,7 @@ def attend(q, k, v, window=None):
 def newest(x, context, count):
     """The newest `count` of the inputs x (B, T, C) and, before them, context (B, count, C) or zeros."""
     T = x.shape[1]
-    return x[:, T - count :] if T >= count else with_context(x, context, count + 1)[:, T:]
+    return x[:, T - count :] if T >= count else prepend_context(x, context, count + 1)[:, T:]
 
 
 class ShortConvolution(nn.Module):
@@ -168,7 +226,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels, taps=4):
         super().__init__()
-        self.taps = taps
+        self.taps, self.channels = taps, channels
         self.weight = nn.Parameter(torch.empty(taps, channels).normal_(std=taps**-0.5))
 
     def forward(self, x, context):
@@ -194,7 +252,7 @@ class DynamicConvolution(nn.Module):
 
     def __init__(self, d_model, channels, taps=4):
         super().__init__()
-        self.taps = taps
+        self.taps, self.channels = taps, channels
         self.down = linear(d_model, channels // 8)
         self.up = nn.Linear(channels // 8, channels * taps)
         nn.init.zeros_(self.up.weight)
@@ -203,7 +261,7 @@ class DynamicConvolution(nn.Module):
     def forward(self, values, x, context):
         """Filter values (B, T, C) by the kernels that x (B, T, D) asks for; also the next context."""
         filters = self.up(F.silu(self.down(x))).unflatten(-1, (self.taps, -1))  # (B, T, taps, C)
-        T, past = values.shape[1], with_context(values, context, self.taps)
+        T, past = values.shape[1], prepend_context(values, context, self.taps)
         y = sum(past[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
         return F.silu(y), newest(values, context, self.taps - 1)
 
@@ -253,24 +311,40 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(V, eps=1e-5)
         self.o = linear(H * V, d_model, zero=True)
 
-    def forward(self, x, memory, window=None, wanted=True):
-        """Map x (B, T, D) to y (B, T, D), None if not `wanted`, reading and writing the fast weight."""
+    def forward(self, x, memory, sliding_window=None, write_only=False):
+        """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with the written fast weight."""
         H, K, V = self.num_heads, self.key_size, self.value_size
-        y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)
+        self._check(memory, x)
+        y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)  # (B, T, H (2 K + 2 V + 2))
         qkv, gate, a, b = y.split((2 * H * K + H * V, H * V, H, H), dim=-1)
         if self.dynamic:
             qk, v = qkv.split((2 * H * K, H * V), dim=-1)
-            v, conv = self.conv(v, x, memory.conv)
-            qkv = torch.cat((F.silu(qk), v), dim=-1)
+            v, conv = self.conv(v, x, memory.conv)  # (B, T, H V), (B, taps - 1, H V)
+            qkv = torch.cat((F.silu(qk), v), dim=-1)  # (B, T, H (2 K + V))
         else:
-            qkv, conv = self.conv(qkv, memory.conv)
-        q, k, v = unit_heads(qkv, H, K)
+            qkv, conv = self.conv(qkv, memory.conv)  # (B, T, C), (B, taps - 1, C), C = H (2 K + V)
+        q, k, v = split_heads(qkv, H, K)  # (B, T, H, K) twice, of length 1, and (B, T, H, V)
         wide = torch.promote_types(torch.float32, self.A_log.dtype)
-        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
-        beta = b.to(wide).sigmoid()
+        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)  # (B, T, H)
+        beta = b.to(wide).sigmoid()  # (B, T, H)
         o, S = self.rule(q, k, v, g=g, beta=beta, initial_state=memory.S, backend=self.backend)
-        y = self.o(self.norm(o, gate.unflatten(-1, (H, V))).flatten(2)) if wanted else None
-        return y, Memory(S=S, conv=conv)
+        memory = Memory(S=S, conv=conv)  # (B, H, K, V)
+        if write_only:
+            return None, memory
+        o = self.norm(o, gate.unflatten(-1, (H, V)))  # (B, T, H, V)
+        return self.o(o.flatten(2)), memory
+
+    def _check(self, memory, x):
+        """Raise ValueError if the memory is not one of this layer's; the rule checks S itself."""
+        if memory.kv is not None:
+            raise ValueError("state: a block of fast weights caches no keys; got some")
+        if memory.conv is not None:
+            wanted = (len(x), self.conv.taps - 1, self.conv.channels)
+            if tuple(memory.conv.shape) != wanted:
+                raise ValueError(
+                    f"state: the convolution context must be (B, taps - 1, channels) = {wanted}; "
+                    f"got {tuple(memory.conv.shape)}"
+                )
 
 
 class SwiGLU(nn.Module):

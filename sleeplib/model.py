@@ -10,11 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from .checks import integer, real
+from .interface import Sleepable
 from .kernels import BACKENDS
-from .layers import Attention, GatedDeltaNet, Memory, RMSNorm, SwiGLU, linear
+from .layers import Attention, GatedDeltaNet, RMSNorm, SwiGLU, linear
 from .records import write_atomically
+from .state import LMState
 
 MIXERS = "aghj"
+LARGEST = 2**24  # no size of a model is beyond it
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,16 @@ class ModelConfig:
     def __post_init__(self):
         if not isinstance(self.pattern, str) or not self.pattern or set(self.pattern) - set(MIXERS):
             raise ValueError(f"pattern must be letters of {MIXERS!r}, one a block; got {self.pattern!r}")
-        sizes = ("vocab_size", "d_model", "num_heads", "key_size", "value_size", "mlp_size", "conv_taps")
-        for name in sizes:
+        optional = ("key_size", "value_size", "mlp_size")
+        for name in ("vocab_size", "d_model", "num_heads", "conv_taps", *optional):
             value = getattr(self, name)
-            if value is None and name in ("key_size", "value_size", "mlp_size"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int; got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            if value is not None or name not in optional:
+                object.__setattr__(self, name, integer(name, value, 1, LARGEST))
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model must be a multiple of 2 * num_heads = {2 * self.num_heads}; got {self.d_model}"
             )
-        if not self.rope_base > 1:
-            raise ValueError(f"rope_base must be above 1; got {self.rope_base!r}")
+        object.__setattr__(self, "rope_base", real("rope_base", self.rope_base, above=1))
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
         if self.loop is not None:
@@ -111,32 +110,6 @@ class ModelConfig:
     def hidden(self):
         """Hidden width of a feed-forward layer."""
         return self.mlp_size or -(-8 * self.d_model // 48) * 16
-
-
-@dataclass(frozen=True)
-class LMState:
-    """All that a model carries from one call to the next.
-
-    Parameters
-    ----------
-    fast_weights : tuple
-        One (B, H, K, V) tensor, or None for an attention block, for each block.  Survives eviction.
-    kv : tuple or None
-        One (keys, values) pair, each (B, S, H, size), or None, for each block.
-    conv : tuple or None
-        One (B, taps - 1, channels) tensor, or None, for each block.
-    position : int
-        Tokens read so far.
-
-    Notes
-    -----
-    Chapter: 08_sleep
-    """
-
-    fast_weights: tuple
-    kv: tuple | None = None
-    conv: tuple | None = None
-    position: int = 0
 
 
 class Block(nn.Module):
@@ -167,16 +140,16 @@ class Block(nn.Module):
         )
         self.mlp = SwiGLU(D, config.hidden)
 
-    def forward(self, h, memory, window=None, wanted=True):
-        """Map h (B, T, D) and this block's memory to the next h (None if not `wanted`) and memory."""
-        y, memory = self.mixer(self.mixer_norm(h), memory, window, wanted)
-        if not wanted:
+    def forward(self, h, memory, sliding_window=None, write_only=False):
+        """Map h (B, T, D) and this block's memory to the next h, None if `write_only`, and memory."""
+        y, memory = self.mixer(self.mixer_norm(h), memory, sliding_window, write_only)
+        if write_only:
             return None, memory
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), memory
 
 
-class HybridLM(nn.Module):
+class HybridLM(Sleepable, nn.Module):
     """A language model whose blocks carry a KV cache, which is dropped, and fast weights, which stay.
 
     Parameters
@@ -200,9 +173,14 @@ class HybridLM(nn.Module):
         self.head = linear(config.d_model, config.vocab_size)
 
     @property
-    def has_fast_weights(self):
-        """Whether any block carries a fast weight: without one there is nothing to write during sleep."""
-        return set(self.config.pattern) != {"a"}
+    def vocab_size(self):
+        """Number of tokens."""
+        return self.config.vocab_size
+
+    @property
+    def d_model(self):
+        """Width D."""
+        return self.config.d_model
 
     @property
     def loop(self):
@@ -211,10 +189,8 @@ class HybridLM(nn.Module):
 
     def initial_state(self, batch_size):
         """Return an :class:`LMState` with empty caches and zero fast weights, on the model's device."""
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an int of at least 1; got {batch_size!r}")
         c, weight = self.config, self.head.weight
-        shape = (batch_size, c.num_heads, c.K, c.V)
+        shape = (integer("batch_size", batch_size, 1), c.num_heads, c.K, c.V)
         wide = torch.promote_types(torch.float32, weight.dtype)
         return LMState(
             tuple(None if kind == "a" else weight.new_zeros(shape, dtype=wide) for kind in c.pattern)
@@ -227,80 +203,13 @@ class HybridLM(nn.Module):
             raise TypeError(f"tokens must be an int64 tensor; got {kind}")
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must have shape (B, T), neither of them 0; got {tuple(tokens.shape)}")
-        if tokens.device.type == "cpu" and not bool(
-            ((tokens >= 0) & (tokens < self.config.vocab_size)).all()
-        ):
+        readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool(((tokens >= 0) & (tokens < self.config.vocab_size)).all()):
             raise ValueError(
                 f"tokens must lie in 0 .. {self.config.vocab_size - 1}; "
                 f"got {int(tokens.min())} .. {int(tokens.max())}"
             )
         return self.embedding(tokens)
-
-    def run(self, h, state, fast_weights, span, window=None, wanted=True):
-        """Run blocks ``span`` once over h (B, T, D); if h is not `wanted`, the last one only writes.
-
-        The caches and the position are those of `state`, the fast weights those given: a repeated pass sees
-        the same past again, but with what the pass before has written.
-
-        Returns
-        -------
-        h : torch.Tensor, shape (B, T, D)
-        memories : dict of int to Memory
-            What each block of the span carries on.
-        """
-        memories = {}
-        old = spread(state)
-        for i in span:
-            memory = old[i]._replace(S=fast_weights[i])
-            h, memories[i] = self.layers[i](h, memory, window, wanted or i != span[-1])
-        return h, memories
-
-    def blocks(self, h, state, passes=1, window=None, wanted=True):
-        """Run all blocks over h (B, T, D), those of the loop `passes` times, equation (6).
-
-        Parameters
-        ----------
-        h : torch.Tensor, shape (B, T, D)
-        state : LMState
-            What came before; every pass starts from its caches and position, only h and the fast weights
-            go from pass to pass.
-        passes : int
-            N.
-        window : int, optional
-            A query sees its newest `window` keys, itself included.
-        wanted : bool
-            Whether anyone will read h; if not, nothing is computed after the last write.
-
-        Returns
-        -------
-        h : torch.Tensor, shape (B, T, D), or None
-        state : LMState
-            The caches are those of the last pass; the position has advanced by T.
-        """
-        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-            raise ValueError(f"passes must be an int of at least 1; got {passes!r}")
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise ValueError(f"window must be an int of at least 1 or None; got {window!r}")
-        if len(state.fast_weights) != len(self.layers):
-            raise ValueError(
-                f"state has {len(state.fast_weights)} blocks, the model {len(self.layers)}: not of this model"
-            )
-        if h.ndim != 3 or h.shape[2] != self.config.d_model:
-            raise ValueError(f"h must have shape (B, T, {self.config.d_model}); got {tuple(h.shape)}")
-        carried = (*state.fast_weights, *(pair and pair[0] for pair in state.kv or ()), *(state.conv or ()))
-        if any(x is not None and x.shape[0] != h.shape[0] for x in carried):
-            raise ValueError(f"state is not of {h.shape[0]} rows, as the tokens are")
-        first, last = self.loop
-        depth, position = len(self.layers), state.position + h.shape[1]
-        fast, memories = list(state.fast_weights), {}
-        spans = (range(first), *[range(first, last + 1)] * passes, range(last + 1, depth))
-        spans = [span for span in spans if span]
-        for number, span in enumerate(spans, 1):
-            h, new = self.run(h, state, fast, span, window, wanted or number < len(spans))
-            memories |= new
-            for i in span:
-                fast[i] = new[i].S
-        return h, collect(memories, depth, position)
 
     def readout(self, h):
         """Map h (B, T, D) to logits (B, T, vocab)."""
@@ -350,21 +259,3 @@ class HybridLM(nn.Module):
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"folder: {weights_file} does not fit {config_file}: {error}") from error
         return model
-
-
-def spread(state):
-    """Split an :class:`LMState` into the memories of the blocks, by number."""
-    depth = len(state.fast_weights)
-    caches = zip(state.fast_weights, state.kv or (None,) * depth, state.conv or (None,) * depth, strict=True)
-    return dict(enumerate(Memory(*memory) for memory in caches))
-
-
-def collect(memories, depth, position):
-    """Gather the memories of all blocks, by number, into an :class:`LMState`."""
-    memories = [memories[i] for i in range(depth)]
-    return LMState(
-        fast_weights=tuple(m.S for m in memories),
-        kv=tuple(m.kv for m in memories),
-        conv=tuple(m.conv for m in memories),
-        position=position,
-    )

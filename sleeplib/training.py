@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .device import CapturedStep, find_device, hold_on_to_memory, peak_bytes
 from .model import HybridLM
 from .muon import Muon
-from .sleep import awake_chunks, sleep_forward
+from .algorithm import awake_chunks, sleep_forward
 from .tasks import stream
 from .tasks.base import IGNORE
 

@@ -4,7 +4,6 @@ A mutant is a context in which sleeplib is wrong in one way.  ``MUTANTS`` maps i
 the name of a check in test_truths.py; a test shows that the check passes outside and fails inside.
 """
 
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,12 +12,11 @@ from unittest.mock import patch
 import torch
 
 import sleeplib as sl
-from sleeplib import layers, training
+from sleeplib import algorithm, layers, training
 from sleeplib.kernels import chunked, reference
-from sleeplib.model import Block, collect, spread
+from sleeplib.model import Block
 from sleeplib.tasks import depo, rule110
 
-asleep = sys.modules["sleeplib.sleep"]  # the name sleeplib.sleep is the function
 MUTANTS = {}
 
 
@@ -57,54 +55,57 @@ def detached(tensors):
 
 
 def rewritten_blocks(between, spans=None, caches="last"):
-    """`HybridLM.blocks`, written again, with `between(h, fast, seen, ...)` before each repeated pass."""
+    """`Sleepable.blocks`, written again, with `between(h, S, start, ...)` before each repeated pass."""
 
-    def blocks(self, h, state, passes=1, window=None, wanted=True):
+    def blocks(self, h, state, passes=1, window=None, write_only=False):
         first, last = self.loop
-        depth = len(self.layers)
+        depth, position = len(self.layers), state.position + h.shape[1]
         looped = range(first, last + 1)
         order = [range(first), *[looped] * passes, range(last + 1, depth)]
         if spans == "all":
             order = [range(0), *[range(depth)] * passes, range(0)]
-        fast, seen, memories, embedded = list(state.fast_weights), state, {}, h
+        start, now, embedded, seen = state.blocks(), state.blocks(), h, set()
         for n, span in enumerate(order):
             if n == 1:
                 embedded = h
+            before, S = start, [m.S for m in now]
             if 1 < n <= passes:
-                old = spread(state) | memories
-                h, fast, seen = between(h, list(fast), state, embedded, collect(old, depth, state.position))
-            h, new = self.run(h, seen if 1 < n <= passes else state, fast, span, window)
-            memories = memories | new if caches == "last" else new | memories
+                h, S, before = between(h, S, start, embedded, now)
+            h, after = self.run(h, [m._replace(S=s) for m, s in zip(before, S)], span, window)
             for i in span:
-                fast[i] = new[i].S
-        done = collect(memories, depth, state.position + h.shape[1])
-        return h, replace(done, fast_weights=tuple(fast))
+                now[i] = after[i] if caches == "last" or i not in seen else now[i]._replace(S=after[i].S)
+            seen |= set(span)
+        return h, sl.LMState.from_blocks(now, position)
 
     return blocks
 
 
+def fast_weights(memories):
+    return [m.S for m in memories]
+
+
 BETWEEN = {
-    "re_embeds_every_pass": lambda h, fast, state, embedded, now: (embedded, fast, state),
-    "adds_the_embedding_every_pass": lambda h, fast, state, embedded, now: (h + embedded, fast, state),
-    "resets_S_between_passes": lambda h, fast, state, embedded, now: (h, list(state.fast_weights), state),
-    "detaches_S_between_passes": lambda h, fast, state, embedded, now: (h, list(detached(fast)), state),
-    "detaches_h_between_passes": lambda h, fast, state, embedded, now: (h.detach(), fast, state),
-    "a_pass_sees_the_keys_of_the_pass_before": lambda h, fast, state, embedded, now: (h, fast, now),
+    "re_embeds_every_pass": lambda h, S, start, embedded, now: (embedded, S, start),
+    "adds_the_embedding_every_pass": lambda h, S, start, embedded, now: (h + embedded, S, start),
+    "resets_S_between_passes": lambda h, S, start, embedded, now: (h, fast_weights(start), start),
+    "detaches_S_between_passes": lambda h, S, start, embedded, now: (h, detached(S), start),
+    "detaches_h_between_passes": lambda h, S, start, embedded, now: (h.detach(), S, start),
+    "a_pass_sees_the_keys_of_the_pass_before": lambda h, S, start, embedded, now: (h, S, now),
 }
 
 
-def no_fault(h, fast, state, embedded, now):
-    return h, fast, state
+def no_fault(h, S, start, embedded, now):
+    return h, S, start
 
 
 def honest_rewrite():
     """The rewritten blocks without a fault: a check that fails here catches mutants for nothing."""
-    return patch.object(sl.HybridLM, "blocks", rewritten_blocks(no_fault))
+    return patch.object(sl.Sleepable, "blocks", rewritten_blocks(no_fault))
 
 
 for label, between in BETWEEN.items():
     MUTANTS[label] = (
-        partial(patch.object, sl.HybridLM, "blocks", rewritten_blocks(between)),
+        partial(patch.object, sl.Sleepable, "blocks", rewritten_blocks(between)),
         "check_sleep_is_algorithm_1",
     )
 for label, options in {
@@ -112,7 +113,7 @@ for label, options in {
     "keeps_the_caches_of_the_first_pass": dict(caches="first"),
 }.items():
     MUTANTS[label] = (
-        partial(patch.object, sl.HybridLM, "blocks", rewritten_blocks(no_fault, **options)),
+        partial(patch.object, sl.Sleepable, "blocks", rewritten_blocks(no_fault, **options)),
         "check_sleep_is_algorithm_1",
     )
 
@@ -121,16 +122,16 @@ for label, options in {
 
 
 def fault_in_evict(fault):
-    """`evict` is a name of sleeplib and a name that sleep_forward and Sleeper use."""
+    """`evict` is a method of the state and a name of sleeplib."""
 
     @contextmanager
     def context():
-        honest = asleep.evict
+        honest = sl.evict
 
         def evict(state, eviction="hard", window=None):
             return fault(honest, state, eviction, window)
 
-        with patch.object(asleep, "evict", evict), patch.object(sl, "evict", evict):
+        with patch.object(sl.LMState, "evict", evict), patch.object(sl, "evict", evict):
             yield
 
     return context
@@ -192,14 +193,14 @@ plant(
 
 plant(
     "check_n1_is_the_plain_hybrid",
-    asleep,
+    algorithm,
     "sleep",
     lambda honest, model, tokens, state, passes, *rest: honest(model, tokens, state, passes + 1, *rest),
 )("sleeps_one_pass_too_many")
 
 plant(
     "check_sleep_is_algorithm_1",
-    asleep,
+    algorithm,
     "sleep",
     lambda honest, model, tokens, state, passes, *rest: honest(model, tokens, state, 1, *rest),
 )("sleeps_only_once")
@@ -214,54 +215,45 @@ plant(
 
 @mutant("check_wake_cost_does_not_depend_on_N")
 def sleeps_N_times_on_prediction():
-    passes = []
+    asked, honest, honest_blocks = [], sl.sleep_forward, sl.Sleepable.blocks
 
-    def remember(honest, model, inputs, labels, **options):
-        passes.append(options["passes"])
+    def remember(model, inputs, labels, **options):
+        asked.append(options["passes"])
         return honest(model, inputs, labels, **options)
 
-    def forward(self, tokens, state, window=None):
-        h, state = self.blocks(self.embed(tokens), state, passes=passes[-1] if passes else 1, window=window)
-        return self.readout(h), state
+    def blocks(self, h, state, passes=1, window=None, write_only=False):
+        passes = passes if write_only or not asked else asked[-1]
+        return honest_blocks(self, h, state, passes, window, write_only)
 
-    honest = sl.sleep_forward
-    with (
-        patch.object(sl, "sleep_forward", partial(remember, honest)),
-        patch.object(sl.HybridLM, "forward", forward),
-    ):
+    with patch.object(sl, "sleep_forward", remember), patch.object(sl.Sleepable, "blocks", blocks):
         yield
 
 
 # The stream
 
 
-def wake_with_all_passes(honest, self, h):
-    before = self.state
+def wake_with_all_passes(honest, self, h, stream):
     for _ in range(self.passes - 1):
-        self.model.run(h, before, before.fast_weights, range(len(self.model.layers)), self._key_window())
-    return honest(self, h)
+        self.model.run(h, stream.state.blocks(), range(len(self.model.layers)), self._key_window())
+    return honest(self, h, stream)
 
 
 def nap_with(passes=0, boundary=False, forget=False):
-    def nap(honest, self):
-        self.passes += passes
-        if boundary:
-            self._boundary = self.state
+    def nap(honest, self, stream):
         if forget:
-            self._boundary = self.state = replace(self.state, kv=None, conv=None)
-            self._read, self.naps = [], self.naps + 1
-        else:
-            honest(self)
-        self.passes -= passes
+            state = replace(stream.state, kv=None, conv=None)
+            return replace(stream, state=state, boundary=state, read=(), naps=stream.naps + 1)
+        self._passes += passes
+        stream = honest(self, replace(stream, boundary=stream.state) if boundary else stream)
+        self._passes -= passes
+        return stream
 
     return nap
 
 
-def hoard(honest, self):
-    kept = list(self._read)
-    honest(self)
-    self._read = [x * 0 for x in kept][:0] or self._read
-    self.hoard = [*getattr(self, "hoard", []), *kept]
+def hoard(honest, self, stream):
+    self.hoard = [*getattr(self, "hoard", []), *stream.read]
+    return honest(self, stream)
 
 
 def wrong_window(honest, self, model, *, window, **options):
@@ -269,16 +261,16 @@ def wrong_window(honest, self, model, *, window, **options):
 
 
 def bytes_without_what_was_read(honest, self):
-    read, self._read = self._read, []
+    stream, self._stream = self._stream, replace(self._stream, read=())
     try:
         return honest(self)
     finally:
-        self._read = read
+        self._stream = stream
 
 
 def feed_keeping_all_logits(honest, self, tokens):
     logits = honest(self, tokens)
-    self._last = logits[:, -1]  # a view keeps all of them alive
+    self._stream = replace(self._stream, last=logits[:, -1])  # a view keeps all of them alive
     return logits
 
 
@@ -331,11 +323,15 @@ plant("check_float32_stays_exact", reference, "recurrence", round_a_float32_stat
 
 @mutant("check_float32_stays_exact")
 def counts_angles_from_the_first_token_in_float32():
-    honest, position = sl.HybridLM.run, [0]
+    position, honest_blocks, honest_wake = [0], sl.Sleepable.blocks, sl.Sleeper._wake
 
-    def run(self, h, state, *rest):
+    def blocks(self, h, state, *rest, **options):
         position[0] = state.position
-        return honest(self, h, state, *rest)
+        return honest_blocks(self, h, state, *rest, **options)
+
+    def wake(self, h, stream):
+        position[0] = stream.state.position
+        return honest_wake(self, h, stream)
 
     def rotate(x, start, base):
         half = x.shape[3] // 2
@@ -344,13 +340,17 @@ def counts_angles_from_the_first_token_in_float32():
         cos, sin, (one, two) = angles.cos(), angles.sin(), x.chunk(2, dim=-1)
         return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1).to(x.dtype)
 
-    with patch.object(sl.HybridLM, "run", run), patch.object(layers, "rotate", rotate):
+    with (
+        patch.object(sl.Sleepable, "blocks", blocks),
+        patch.object(sl.Sleeper, "_wake", wake),
+        patch.object(layers, "rotate", rotate),
+    ):
         yield
 
 
-def writes_nothing_where_nobody_reads(honest, self, h, memory, window=None, wanted=True):
-    h, new = honest(self, h, memory, window, wanted)
-    return h, new if wanted else new._replace(S=memory.S)
+def writes_nothing_where_nobody_reads(honest, self, h, memory, sliding_window=None, write_only=False):
+    h, new = honest(self, h, memory, sliding_window, write_only)
+    return h, new._replace(S=memory.S) if write_only else new
 
 
 plant("check_sleep_is_algorithm_1", Block, "forward", writes_nothing_where_nobody_reads)(

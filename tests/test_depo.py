@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import sleeplib as sl
 from sleeplib.kernels import khop_walk
-from sleeplib.sleep import awake_chunks
+from sleeplib.algorithm import awake_chunks
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "samples" / "depo.json"
 QUICK = sl.experiments.get("depo-quick").task

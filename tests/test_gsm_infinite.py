@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
-from sleeplib.sleep import awake_chunks
+from sleeplib.algorithm import awake_chunks
 from sleeplib.tasks.gsm_infinite import chance, graph, language, problem, solver, task
 from sleeplib.training import training_batch
 

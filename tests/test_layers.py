@@ -95,7 +95,7 @@ def test_rotation_depends_on_differences_only(start, shift):
 
 
 def test_tables_made_without_gradients_serve_training():
-    layers._angles.cache_clear()
+    layers._rotary_table.cache_clear()
     layer, x = mixer("a"), noise(1, 3, 16)
     with torch.inference_mode():
         layer(x, Memory())

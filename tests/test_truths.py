@@ -246,7 +246,7 @@ def bytes_held(x):
         seen.add(id(x))
         if isinstance(x, torch.Tensor):
             found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        elif isinstance(x, (sl.Sleeper, sl.LMState, dict, list, tuple)):
+        elif isinstance(x, (dict, list, tuple)) or type(x).__module__.startswith("sleeplib."):
             todo.extend(gc.get_referents(x))
     return sum(found.values())
 

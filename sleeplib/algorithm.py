@@ -1,0 +1,256 @@
+"""Algorithm 1: repeated offline passes over a window, just before its cache is dropped."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+from .checks import integer
+from .state import LMState, check_eviction
+
+IGNORE = -100  # the label of a position where nothing is asked
+MEMBERS = ("initial_state", "embed", "blocks", "readout", "has_fast_weights", "vocab_size")
+
+evict = LMState.evict
+
+
+def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
+    r"""Sleep on one window: N passes from its boundary state, then eviction.
+
+    .. math:: h^{(0)} = \mathrm{Embed}(c), \qquad h^{(n)}, S^{(n)} = \mathrm{Blocks}(h^{(n-1)}, S^{(n-1)})
+
+    The last h is thrown away: all that sleep leaves behind is the fast weight.
+
+    Parameters
+    ----------
+    model : Sleepable
+        A :class:`HybridLM`, or any model with the members of :class:`Sleepable`.
+    tokens : torch.Tensor of int64, shape (B, T)
+        The window.
+    state : LMState
+        The state at the window's start.
+    passes : int
+        N, at least 1.
+    eviction : {"hard", "keys", "sliding"}
+    window : int, optional
+        How many keys a query may see, itself included.  For sliding eviction T if absent.
+
+    Returns
+    -------
+    LMState
+        Differentiable in the fast weights of `state` and in the parameters.  A model without fast weights has
+        nowhere to write: it only evicts.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument does not fit; the message names it.
+
+    Examples
+    --------
+    Sleep on a window, then answer with an empty cache; `model` was trained to::
+
+        state = sl.sleep(model, window, model.initial_state(len(window)), passes=4)
+        logits, state = model(question, state)
+        answer = logits[:, -1].argmax(-1)
+
+    Notes
+    -----
+    Equation (6) of the paper.
+
+    Chapter: 08_sleep
+    """
+    check_model(model)
+    passes = check_passes(passes)
+    check_eviction(eviction)
+    h = model.embed(tokens)
+    window = h.shape[1] if window is None and eviction == "sliding" else window
+    passes = passes if model.has_fast_weights else 1
+    _, state = model.blocks(h, state, passes=passes, window=window, write_only=True)
+    return state.evict(eviction, window)
+
+
+@dataclass(frozen=True)
+class SleepOutput:
+    """What :func:`sleep_forward` returns.
+
+    Parameters
+    ----------
+    loss : torch.Tensor, shape ()
+        Mean cross-entropy over all labels, in nats; NaN if there are none.
+    logits : torch.Tensor, shape (B, T, vocab), or None
+        Zeros where the model slept.
+    state : LMState
+        After the last chunk.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    loss: torch.Tensor
+    logits: torch.Tensor | None
+    state: LMState
+
+
+def awake_chunks(labels, window):
+    """For each chunk of `window` tokens, whether it has labels (B, T): a tuple of bool.
+
+    Raises
+    ------
+    ValueError
+        If some rows have labels in a chunk and others have none.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+    if labels.ndim != 2:
+        raise ValueError(f"labels must have shape (B, T); got {tuple(labels.shape)}")
+    labelled = torch.stack([(c != IGNORE).any(dim=1) for c in labels.split(window, dim=1)], dim=1).cpu()
+    awake = labelled.any(dim=0)
+    if (labelled != awake).any():
+        chunk = int((labelled != awake).any(dim=0).nonzero()[0])
+        raise ValueError(
+            f"labels: rows disagree in chunk {chunk} (tokens {chunk * window} ..): "
+            "all rows of a batch must be asked something there, or none"
+        )
+    return tuple(awake.tolist())
+
+
+def sleep_forward(
+    model,
+    inputs,
+    labels,
+    *,
+    window,
+    passes=4,
+    eviction="hard",
+    state=None,
+    checkpoint=False,
+    return_logits=True,
+    awake=None,
+):
+    """Algorithm 1: read a sequence window by window, asleep where nothing is asked, awake where something is.
+
+    Parameters
+    ----------
+    model : Sleepable
+        A :class:`HybridLM`, or any model with the members of :class:`Sleepable`.
+    inputs : torch.Tensor of int64, shape (B, T)
+        Tokens.
+    labels : torch.Tensor of int64, shape (B, T)
+        The answer wanted at each position, -100 where nothing is asked.  May stay on the CPU: which chunks
+        are awake is then known without waiting for a GPU.
+    window : int
+        L, tokens in a chunk.
+    passes : int
+        N, passes over a chunk that is slept on.  An awake chunk gets one.
+    eviction : {"hard", "keys", "sliding"}
+        What happens to the cache after a chunk.
+    state : LMState, optional
+        Where to start, at a chunk's boundary; the empty state if absent.
+    checkpoint : bool
+        Keep only the states between chunks and recompute the rest in the backward pass.
+    return_logits : bool
+        Whether to assemble the logits.
+    awake : sequence of bool, optional
+        The answer of :func:`awake_chunks`, where the caller knows it already.
+
+    Returns
+    -------
+    SleepOutput
+        After a chunk that was slept on or has labels the cache is evicted.  A trailing chunk without labels
+        that is shorter than the window is read in one pass and keeps its cache: its window is still open.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On arguments that do not fit; the message names the argument.
+
+    Notes
+    -----
+    Algorithm 1 of the paper.
+
+    Chapter: 08_sleep
+    """
+    check_model(model)
+    passes, window = check_passes(passes), integer("window", window, 1)
+    check_eviction(eviction)
+    _check_labels(inputs, labels, model.vocab_size)
+    awake = awake_chunks(labels, window) if awake is None else _check_awake(awake, labels, window)
+    state = model.initial_state(inputs.shape[0]) if state is None else state
+    key_window = window if eviction == "sliding" else None
+
+    def consolidate(tokens, state):
+        return sleep(model, tokens, state, passes, eviction, key_window)
+
+    def predict(tokens, state):
+        h, state = model.blocks(model.embed(tokens), state, window=key_window)
+        return model.readout(h), state
+
+    def step(f, *args):
+        return recompute(f, *args, use_reentrant=False, preserve_rng_state=False) if checkpoint else f(*args)
+
+    total, count, pieces = 0.0, 0, []
+    labels = labels.to(inputs.device, non_blocking=True)
+    for tokens, targets, asked in zip(inputs.split(window, 1), labels.split(window, 1), awake, strict=True):
+        logits = None
+        if asked:
+            logits, state = step(predict, tokens, state)
+            state = state.evict(eviction, window)
+            wide = torch.promote_types(torch.float32, logits.dtype)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            total, count = total + losses, count + (targets != IGNORE).sum()
+        elif tokens.shape[1] == window:
+            state = step(consolidate, tokens, state)
+        else:
+            _, state = step(predict, tokens, state)
+        pieces.append(logits if return_logits else None)
+    known = next((x for x in pieces if x is not None), torch.empty(0, device=inputs.device))
+    loss = total / count if any(awake) else known.new_full((), torch.nan)
+    if not return_logits:
+        return SleepOutput(loss, None, state)
+    shapes = [(*tokens.shape, model.vocab_size) for tokens in inputs.split(window, 1)]
+    pieces = [known.new_zeros(shape) if x is None else x for x, shape in zip(pieces, shapes)]
+    return SleepOutput(loss, torch.cat(pieces, dim=1), state)
+
+
+def check_model(model):
+    """Raise TypeError unless sleep knows how to handle this model."""
+    missing = [name for name in MEMBERS if not hasattr(model, name)]
+    if missing:
+        raise TypeError(f"model: {type(model).__name__} cannot sleep, it lacks {', '.join(missing)}")
+
+
+def check_passes(passes):
+    """Return N as an int; raise an error if it is none, or below 1."""
+    return integer("passes", passes, 1, hint=" (to wake unslept, reset the state)")
+
+
+def _check_labels(inputs, labels, vocab_size):
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor; got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if not isinstance(inputs, torch.Tensor):
+        raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}")
+    if inputs.ndim != 2 or 0 in inputs.shape:
+        raise ValueError(f"inputs must have shape (B, T), neither of them 0; got {tuple(inputs.shape)}")
+    if labels.shape != inputs.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of inputs {tuple(inputs.shape)}")
+    readable = labels.device.type == "cpu"  # on a GPU it would wait
+    if readable and not ((labels == IGNORE) | (labels >= 0) & (labels < vocab_size)).all():
+        raise ValueError(f"labels must be {IGNORE} or lie in 0 .. {vocab_size - 1}")
+
+
+def _check_awake(awake, labels, window):
+    """What the caller knows already, unless the labels, where they can be read at once, say otherwise."""
+    awake = tuple(awake)
+    chunks = -(-labels.shape[1] // window)
+    if len(awake) != chunks:
+        raise ValueError(f"awake must have one bool for each of {chunks} chunks; got {len(awake)}")
+    if labels.device.type == "cpu" and awake != awake_chunks(labels, window):
+        raise ValueError(f"awake {awake} is not where the labels are, {awake_chunks(labels, window)}")
+    return awake

@@ -1,0 +1,127 @@
+"""What can be put to sleep: the few members through which sleep knows a model, and the one pass runner."""
+
+import torch
+
+from .checks import integer
+from .state import LMState
+
+
+class Sleepable:
+    """A model that can sleep: blocks whose memory is explicit, between an embedding and a readout.
+
+    A subclass provides the members below; running passes over the blocks is provided here, once.  Nothing in
+    :func:`sleep`, :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
+
+    Attributes
+    ----------
+    layers : sequence of callable
+        One block each: ``block(h, memory, sliding_window, write_only=False) -> (h, memory)`` maps h (B, T, D)
+        and the block's :class:`Memory` to the next ones.  With `write_only` nobody reads the h it returns.
+    loop : tuple of (int, int)
+        First and last block, from 0 and both included, that repeated passes run through.
+    vocab_size, d_model : int
+        Number of tokens, width D.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    def initial_state(self, batch_size):
+        """Return the :class:`LMState` before the first token: empty caches, zero fast weights."""
+        raise TypeError(f"model: {type(self).__name__} has no initial_state")
+
+    def embed(self, tokens):
+        """Look up tokens (B, T), int64, to h (B, T, D)."""
+        raise TypeError(f"model: {type(self).__name__} has no embed")
+
+    def readout(self, h):
+        """Map h (B, T, D) to logits (B, T, vocab)."""
+        raise TypeError(f"model: {type(self).__name__} has no readout")
+
+    @property
+    def has_fast_weights(self):
+        """Whether any block carries a fast weight: without one there is nothing to write during sleep."""
+        return any(S is not None for S in self.initial_state(1).fast_weights)
+
+    def order(self, passes):
+        """Numbers of the blocks that `passes` passes run through, one after the other."""
+        first, last = self.loop
+        return [*range(first), *[*range(first, last + 1)] * passes, *range(last + 1, len(self.layers))]
+
+    def run(self, h, memories, order, window=None, write_only=False):
+        """Run blocks over h (B, T, D), in any order, equation (6).
+
+        However often a block is visited, it finds the cache that it had before the first visit, and the fast
+        weight that the visit before has written.
+
+        Parameters
+        ----------
+        h : torch.Tensor, shape (B, T, D)
+        memories : list of Memory
+            One for each block of the model.
+        order : sequence of int
+            Which blocks to visit.
+        window : int, optional
+            A query sees its newest `window` keys, itself included.
+        write_only : bool
+            Whether the h at the end is of no use to anyone; then the last block only writes.
+
+        Returns
+        -------
+        h : torch.Tensor, shape (B, T, D), or None
+        memories : list of Memory
+            Of the blocks visited, what the last visit leaves; of the others, what they were.
+        """
+        after = list(memories)
+        for visit, i in enumerate(order, 1):
+            before = memories[i]._replace(S=after[i].S)
+            h, after[i] = self.layers[i](h, before, window, write_only and visit == len(order))
+        return h, after
+
+    def blocks(self, h, state, passes=1, window=None, write_only=False):
+        """Run all blocks over h (B, T, D), those of the loop `passes` times, equation (6).
+
+        Parameters
+        ----------
+        h : torch.Tensor, shape (B, T, D)
+        state : LMState
+            What came before; every pass starts from its caches and position, only h and the fast weights
+            go from pass to pass.
+        passes : int
+            N.
+        window : int, optional
+            A query sees its newest `window` keys, itself included.
+        write_only : bool
+            Whether h is of no use to anyone; then nothing is computed after the last write.
+
+        Returns
+        -------
+        h : torch.Tensor, shape (B, T, D), or None
+        state : LMState
+            The caches are those of the last pass; the position has advanced by T.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On arguments that do not fit the model or one another; the message names the argument.
+        """
+        passes = integer("passes", passes, 1)
+        window = None if window is None else integer("window", window, 1)
+        if not isinstance(h, torch.Tensor) or not h.is_floating_point():
+            raise TypeError(f"h must be a floating-point tensor; got {getattr(h, 'dtype', type(h).__name__)}")
+        if h.ndim != 3 or h.shape[2] != self.d_model or 0 in h.shape:
+            raise ValueError(f"h must have shape (B, T, {self.d_model}); got {tuple(h.shape)}")
+        self.check_state(state, len(h))
+        position = state.position + h.shape[1]
+        h, memories = self.run(h, state.blocks(), self.order(passes), window, write_only)
+        return h, LMState.from_blocks(memories, position)
+
+    def check_state(self, state, rows):
+        """Raise an error unless `state` has as many blocks as the model and is of `rows` rows."""
+        if not isinstance(state, LMState):
+            raise TypeError(f"state must be an LMState; got {type(state).__name__}")
+        if state.depth != len(self.layers):
+            raise ValueError(f"state has {state.depth} blocks, the model {len(self.layers)}: not of this model")
+        if not state.rows <= {rows}:
+            raise ValueError(f"state is not of {rows} rows, as the tokens are")

@@ -1,0 +1,172 @@
+"""What a model carries from one call to the next: fast weights that stay, a cache that can be dropped."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from .checks import integer
+
+EVICTIONS = ("hard", "keys", "sliding")
+
+
+class Memory(NamedTuple):
+    """What one block carries from token to token.
+
+    Parameters
+    ----------
+    S : torch.Tensor, shape (B, H, K, V), or None
+        The fast weight; None in an attention block.
+    kv : tuple of torch.Tensor, or None
+        Cached keys (not yet rotated) and values, each (B, S, H, size).
+    conv : torch.Tensor, shape (B, taps - 1, channels), or None
+        The newest inputs of the convolution.
+    ages : torch.Tensor of int64, shape (S,) or (B, S), or None
+        Where each cached key stands, counted back from the next token (1 is the token just before it), the
+        oldest first.  None means that there is no gap: S, ..., 2, 1.
+
+    Notes
+    -----
+    Chapter: 04_delta_rule
+    """
+
+    S: torch.Tensor | None = None
+    kv: tuple | None = None
+    conv: torch.Tensor | None = None
+    ages: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LMState:
+    """All that a model carries from one call to the next.
+
+    Parameters
+    ----------
+    fast_weights : tuple
+        One (B, H, K, V) tensor, or None for an attention block, for each block.  Survives eviction.
+    kv : tuple or None
+        One (keys, values) pair, each (B, S, H, size), or None, for each block.
+    conv : tuple or None
+        One (B, taps - 1, channels) tensor, or None, for each block.
+    position : int
+        Tokens read so far.
+    key_ages : tuple or None
+        For each block the ages of its cached keys, see :class:`Memory`, or None where the cache has no gap.
+
+    Notes
+    -----
+    Chapter: 08_sleep
+    """
+
+    fast_weights: tuple
+    kv: tuple | None = None
+    conv: tuple | None = None
+    position: int = 0
+    key_ages: tuple | None = None
+
+    @property
+    def depth(self):
+        """How many blocks there are."""
+        return len(self.fast_weights)
+
+    @property
+    def rows(self):
+        """The batch sizes of all tensors, as a set: one number, unless the state was put together wrongly."""
+        return {x.shape[0] for x in self.tensors()}
+
+    def tensors(self):
+        """Every tensor of the state but the ages."""
+        for i in range(self.depth):
+            memory = self.block(i)
+            yield from (x for x in (memory.S, memory.conv, *(memory.kv or ())) if x is not None)
+
+    def block(self, i):
+        """The :class:`Memory` of block i."""
+        kv, conv, ages = (x and x[i] for x in (self.kv, self.conv, self.key_ages))
+        return Memory(self.fast_weights[i], kv, conv, ages)
+
+    def blocks(self):
+        """The memories of all blocks, a list."""
+        return [self.block(i) for i in range(self.depth)]
+
+    @classmethod
+    def from_blocks(cls, memories, position):
+        """Gather the memories of all blocks, in order, after `position` tokens."""
+        fast_weights, *caches = zip(*memories)
+        kv, conv, ages = (x if any(y is not None for y in x) else None for x in caches)
+        return cls(fast_weights, kv, conv, position, ages)
+
+    def _map(self, f):
+        """Apply f to every tensor."""
+
+        def apply(x):
+            return tuple(map(apply, x)) if isinstance(x, tuple) else x if x is None else f(x)
+
+        memories = [Memory(*map(apply, memory)) for memory in self.blocks()]
+        return LMState.from_blocks(memories, self.position)
+
+    def detach(self):
+        """Return a copy that no gradient passes."""
+        return self._map(torch.Tensor.detach)
+
+    def clone(self):
+        """Return a copy that owns its memory: a slice would keep alive what it was cut from."""
+        return self._map(torch.Tensor.clone)
+
+    def nbytes(self):
+        """Bytes of all tensors, shared storage counted once."""
+        ages = [x for x in self.key_ages or () if x is not None]
+        return storage_bytes([*self.tensors(), *ages])
+
+    def evict(self, eviction="hard", window=None):
+        """Drop cached tokens; the fast weights and the position stay.
+
+        Parameters
+        ----------
+        eviction : {"hard", "keys", "sliding"}
+            Hard drops every cached key and the convolution context; "keys" drops the keys only; sliding keeps
+            the newest ``window - 1`` keys, as many as the next token may see beside its own, and the context.
+        window : int
+            L, needed for sliding eviction.
+
+        Returns
+        -------
+        LMState
+
+        Raises
+        ------
+        ValueError
+            If `eviction` is unknown or `window` below 1.
+
+        Notes
+        -----
+        Sections 3 and 6.4 of the paper.  That hard eviction clears the convolution context too is our reading:
+        the context holds tokens, not fast weights.  "keys" is the other reading.
+
+        Chapter: 08_sleep
+        """
+        check_eviction(eviction)
+        if eviction == "hard":
+            return replace(self, kv=None, conv=None, key_ages=None)
+        if eviction == "keys":
+            return replace(self, kv=None, key_ages=None)
+        keep = integer("window", window, 1) - 1
+        if self.kv is None:
+            return self
+        kv = tuple(pair and tuple(x[:, max(0, x.shape[1] - keep) :] for x in pair) for pair in self.kv)
+        ages = self.key_ages and tuple(
+            x if x is None else x[..., max(0, x.shape[-1] - keep) :] for x in self.key_ages
+        )
+        return replace(self, kv=kv, key_ages=ages)
+
+
+def check_eviction(eviction):
+    """Raise ValueError unless this is a known way to drop a cache."""
+    if eviction not in EVICTIONS:
+        raise ValueError(f"eviction must be one of {', '.join(EVICTIONS)}; got {eviction!r}")
+
+
+def storage_bytes(tensors):
+    """Bytes that some tensors keep alive, shared storage counted once."""
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
