@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import (
+    apply_rotary,
     causal_convolution,
+    compiled,
     gated_delta_rule,
     gated_hebbian_rule,
+    prepend_context,
     rms_norm,
-    rotate_pairs,
     softmax_attention,
+    split_heads,
     swiglu,
-    unit_heads,
-    with_context,
 )
 
 SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
@@ -98,7 +99,8 @@ def rotate(x, start, base):
     Chapter: 01_attention
     """
     T, K = x.shape[1], x.shape[3]
-    return rotate_pairs(x, *(table[start:] for table in _angles(start + T, K, base, x.dtype, x.device)))
+    tables = _angles.__wrapped__ if torch.compiler.is_compiling() else _angles  # a traced table holds no numbers
+    return apply_rotary(x, *(table[start:] for table in tables(start + T, K, base, x.dtype, x.device)))
 
 
 class Attention(nn.Module):
@@ -136,8 +138,8 @@ class Attention(nn.Module):
 def attend(q, k, v, window=None):
     """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys."""
     T, S = q.shape[1], k.shape[1]
-    if q.device.type == "cpu" and S <= SHORT and q.dtype in (torch.float32, torch.float64):
-        return softmax_attention(q, k, v, window=window)
+    if S <= SHORT and compiled(q, k, v):
+        return softmax_attention(q, k, v, sliding_window=window)
     whole, mask = window is None or window >= S, None
     if T > 1 and not (whole and S == T) or not whole:
         age = torch.arange(S - T, S, device=q.device).unsqueeze(1) - torch.arange(S, device=q.device)
@@ -150,7 +152,7 @@ def attend(q, k, v, window=None):
 def newest(x, context, count):
     """The newest `count` of the inputs x (B, T, C) and, before them, context (B, count, C) or zeros."""
     T = x.shape[1]
-    return x[:, T - count :] if T >= count else with_context(x, context, count + 1)[:, T:]
+    return x[:, T - count :] if T >= count else prepend_context(x, context, count + 1)[:, T:]
 
 
 class ShortConvolution(nn.Module):
@@ -203,7 +205,7 @@ class DynamicConvolution(nn.Module):
     def forward(self, values, x, context):
         """Filter values (B, T, C) by the kernels that x (B, T, D) asks for; also the next context."""
         filters = self.up(F.silu(self.down(x))).unflatten(-1, (self.taps, -1))  # (B, T, taps, C)
-        T, past = values.shape[1], with_context(values, context, self.taps)
+        T, past = values.shape[1], prepend_context(values, context, self.taps)
         y = sum(past[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
         return F.silu(y), newest(values, context, self.taps - 1)
 
@@ -264,7 +266,7 @@ class GatedDeltaNet(nn.Module):
             qkv = torch.cat((F.silu(qk), v), dim=-1)
         else:
             qkv, conv = self.conv(qkv, memory.conv)
-        q, k, v = unit_heads(qkv, H, K)
+        q, k, v = split_heads(qkv, H, K)
         wide = torch.promote_types(torch.float32, self.A_log.dtype)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
         beta = b.to(wide).sigmoid()
