@@ -233,7 +233,9 @@ def check_passes(passes):
 
 def _check_labels(inputs, labels, vocab_size):
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be an int64 tensor; got {getattr(labels, 'dtype', type(labels).__name__)}")
+        raise TypeError(
+            f"labels must be an int64 tensor; got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
     if not isinstance(inputs, torch.Tensor):
         raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}")
     if inputs.ndim != 2 or 0 in inputs.shape:

@@ -122,6 +122,8 @@ class Sleepable:
         if not isinstance(state, LMState):
             raise TypeError(f"state must be an LMState; got {type(state).__name__}")
         if state.depth != len(self.layers):
-            raise ValueError(f"state has {state.depth} blocks, the model {len(self.layers)}: not of this model")
+            raise ValueError(
+                f"state has {state.depth} blocks, the model {len(self.layers)}: not of this model"
+            )
         if not state.rows <= {rows}:
             raise ValueError(f"state is not of {rows} rows, as the tokens are")

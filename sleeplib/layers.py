@@ -23,26 +23,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import (
+    apply_rotary,
     causal_convolution,
+    compiled,
     gated_delta_rule,
     gated_hebbian_rule,
+    naive,
+    prepend_context,
     rms_norm,
     softmax_attention,
+    split_heads,
     swiglu,
 )
-from .kernels import rotate_pairs as apply_rotary
-from .kernels import unit_heads as split_heads
-from .kernels import with_context as prepend_context
 from .state import Memory
-
-
-def compiled(*xs):
-    return all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) for x in xs)
-
-
-def softmax_attention(q, k, v, sliding_window=None, f=softmax_attention):
-    return f(q, k, v, window=sliding_window)
-
 
 SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
 
@@ -165,9 +158,9 @@ class Attention(nn.Module):
         if ages is None:
             q, k = rotate(q, S - T, self.rope_base), rotate(k, 0, self.rope_base)
         else:
-            positions = ages.amax(dim=-1, keepdim=True) - ages
-            turns = rotary_angles(positions, q.shape[3], self.rope_base, x.dtype)
-            q, k = apply_rotary(q, *(table[..., S - T :, :] for table in turns)), apply_rotary(k, *turns)
+            turns = rotary_angles(ages[..., :1] - ages, q.shape[3], self.rope_base, x.dtype)
+            q = naive.apply_rotary(q, *(table[..., S - T :, :] for table in turns))
+            k = naive.apply_rotary(k, *turns)
         return self.o(attend(q, k, v, sliding_window, ages).flatten(2)), memory
 
     def _check(self, memory, k):
@@ -181,7 +174,9 @@ class Attention(nn.Module):
         ages = memory.ages
         if not fits or ages is not None and tuple(ages.shape) not in ((old[1],), (B, old[1])):
             shapes = [tuple(x.shape) for x in (*memory.kv, ages) if x is not None]
-            raise ValueError(f"state: cached keys and values must be (B, S, H, K) = ({B}, S, {H}, {K}); got {shapes}")
+            raise ValueError(
+                f"state: cached keys and values must be (B, S, H, K) = ({B}, S, {H}, {K}); got {shapes}"
+            )
         return ages
 
 
@@ -197,7 +192,9 @@ def attend(q, k, v, sliding_window=None, ages=None):
     mask = None
     if not whole or T > 1 and S > T:
         ages = torch.arange(S, 0, -1, device=q.device) if ages is None else ages
-        age = ages.unsqueeze(-2) - ages[..., S - T :].unsqueeze(-1)  # (T, S) or (B, T, S): of a key for a query
+        age = ages.unsqueeze(-2) - ages[..., S - T :].unsqueeze(
+            -1
+        )  # (T, S) or (B, T, S): of a key for a query
         mask = (age >= 0) if whole else (age >= 0) & (age < sliding_window)
         mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # one for all heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -66,7 +66,9 @@ class Sleeper:
     passes = property(lambda self: self._passes, doc="N, the awake pass included.")
     eviction = property(lambda self: self._eviction, doc="What happens to the cache after a nap.")
     naps = property(lambda self: self._stream.naps if self._stream else 0, doc="Windows slept on so far.")
-    state = property(lambda self: self._stream and self._stream.state, doc="The state after the newest token.")
+    state = property(
+        lambda self: self._stream and self._stream.state, doc="The state after the newest token."
+    )
 
     @torch.no_grad()
     def feed(self, tokens):
@@ -130,7 +132,9 @@ class Sleeper:
             # The blocks after the loop read each window once, and what they read is the last pass.
             start = [b._replace(S=a.S) if i <= last else b for i, (a, b) in enumerate(zip(awake, start))]
             order = model.order(self.passes - 1)[first:]
-            _, slept = model.run(torch.cat(stream.read, dim=1), start, order, self._key_window(), write_only=True)
+            _, slept = model.run(
+                torch.cat(stream.read, dim=1), start, order, self._key_window(), write_only=True
+            )
             state = LMState.from_blocks(awake[:first] + slept[first:], state.position)
         # Slices would keep the whole window alive: own what is carried on, let go of the rest.
         state = state.evict(self.eviction, self.window).clone()

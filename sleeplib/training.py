@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .algorithm import awake_chunks, sleep_forward
 from .device import CapturedStep, find_device, hold_on_to_memory, peak_bytes
 from .model import HybridLM
 from .muon import Muon
-from .algorithm import awake_chunks, sleep_forward
 from .tasks import stream
 from .tasks.base import IGNORE
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
-from sleeplib.kernels import khop_walk
 from sleeplib.algorithm import awake_chunks
+from sleeplib.kernels import khop_walk
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "samples" / "depo.json"
 QUICK = sl.experiments.get("depo-quick").task

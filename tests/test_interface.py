@@ -122,7 +122,9 @@ def test_what_cannot_sleep_is_refused_by_what_it_lacks(call):
 
 def attention_with_all_keys(layer, x, kept, T, sliding_window):
     """The newest T outputs, each from the kept keys and the new ones, with every key at its own place."""
-    q, k, v = (F.linear(x, w.weight).unflatten(-1, (layer.num_heads, -1)) for w in (layer.q, layer.k, layer.v))
+    q, k, v = (
+        F.linear(x, w.weight).unflatten(-1, (layer.num_heads, -1)) for w in (layer.q, layer.k, layer.v)
+    )
     total, size = x.shape[1], q.shape[-1]
     cos, sin = rotary_angles(torch.arange(total), size, layer.rope_base, x.dtype)
 
@@ -163,7 +165,9 @@ def test_a_cache_with_gaps_stays_right(T, sliding_window, per_row):
     # The new ages serve the next call too.
     more = torch.randn(2, 2, 16, dtype=torch.float64)
     y, _ = layer(more, memory, sliding_window)
-    kept = torch.cat((kept[:, :past], torch.ones(2, T, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.bool)), 1)
+    kept = torch.cat(
+        (kept[:, :past], torch.ones(2, T, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.bool)), 1
+    )
     close(y, attention_with_all_keys(layer, torch.cat((x, more), dim=1), kept, 2, sliding_window))
 
 

@@ -335,7 +335,7 @@ def test_softmax_attention(T, cached, window, scale, dtype):
     k, v = (x.to(dtype).requires_grad_() for x in (k, v))
     age = torch.arange(cached, cached + T)[:, None] - torch.arange(cached + T)
     visible = (age >= 0) & (age < (window or 99))
-    ours = kernels.softmax_attention(q, k, v, window=window, scale=scale)
+    ours = kernels.softmax_attention(q, k, v, sliding_window=window, scale=scale)
     truth = oracles.attention(*(x.double() for x in (q, k, v)), visible, scale).to(dtype)
     agree_with_torch(ours, truth, (q, k, v))
 
@@ -343,16 +343,16 @@ def test_softmax_attention(T, cached, window, scale, dtype):
 @pytest.mark.parametrize(
     "names, shapes, window",
     [
-        ("four dimensions", [(2, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)], None),
+        ("q must have shape", [(2, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)], None),
         ("do not fit", [(2, 3, 2, 4), (2, 2, 2, 4), (2, 2, 2, 4)], None),
-        ("do not fit", [(2, 3, 2, 4), (1, 3, 2, 4), (2, 3, 2, 4)], None),
-        ("do not fit", [(2, 3, 2, 4), (2, 3, 2, 4), (2, 4, 2, 4)], None),
-        ("window must be", [(2, 3, 2, 4)] * 3, 0),
+        ("k must have shape", [(2, 3, 2, 4), (1, 3, 2, 4), (2, 3, 2, 4)], None),
+        ("v must have shape", [(2, 3, 2, 4), (2, 3, 2, 4), (2, 4, 2, 4)], None),
+        ("sliding_window must be", [(2, 3, 2, 4)] * 3, 0),
     ],
 )
 def test_softmax_attention_minds_its_arguments(names, shapes, window):
     with pytest.raises(ValueError, match=names):
-        kernels.softmax_attention(*(torch.zeros(s) for s in shapes), window=window)
+        kernels.softmax_attention(*(torch.zeros(s) for s in shapes), sliding_window=window)
 
 
 def agree_with_torch(ours, truth, leaves):
@@ -429,11 +429,11 @@ def test_gated_rms_norm(dtype, B, T, H, n, part):
 
 @PRECISIONS
 @pytest.mark.parametrize("B, T, H, K, V", [(1, 1, 1, 1, 1), (2, 3, 2, 4, 6), (3, 40, 3, 2, 3)])
-def test_unit_heads(dtype, B, T, H, K, V):
+def test_split_heads(dtype, B, T, H, K, V):
     x = noise(B, T, H * (2 * K + V), dtype=dtype)
     q, k, v = x.split((H * K, H * K, H * V), dim=-1)
     truth = *(oracles.unit(z.unflatten(-1, (H, K))) for z in (q, k)), v.unflatten(-1, (H, V))
-    joined = (torch.cat([z.flatten(2) for z in part], -1) for part in (kernels.unit_heads(x, H, K), truth))
+    joined = (torch.cat([z.flatten(2) for z in part], -1) for part in (kernels.split_heads(x, H, K), truth))
     agree_with_torch(*joined, (x,))
 
 
@@ -450,7 +450,7 @@ def test_rotation_of_a_part(dtype):
     x, (cos, sin) = noise(2, 9, 3, 4, 6, dtype=dtype), layers._angles(9, 6, 100.0, dtype, torch.device("cpu"))
     for part in x.unbind(2):
         truth = oracles.rotate(part, torch.arange(9), 100.0).to(dtype)
-        agree_with_torch(kernels.rotate_pairs(part, cos, sin), truth, (x,))
+        agree_with_torch(kernels.apply_rotary(part, cos, sin), truth, (x,))
 
 
 def test_low_precision_takes_the_other_path_to_the_same_place():
@@ -468,11 +468,11 @@ def test_low_precision_takes_the_other_path_to_the_same_place():
     )
     low["swiglu"], high["swiglu"] = kernels.swiglu(x), kernels.swiglu(wide[0])
     low["heads"], high["heads"] = (
-        torch.cat([z.flatten(2) for z in kernels.unit_heads(y, 1, 2)], -1) for y in (x, wide[0])
+        torch.cat([z.flatten(2) for z in kernels.split_heads(y, 1, 2)], -1) for y in (x, wide[0])
     )
     cos, sin = layers._angles(9, 6, 100.0, torch.float32, torch.device("cpu"))
     low["turn"], high["turn"] = (
-        kernels.rotate_pairs(y.unsqueeze(2), cos.to(y.dtype), sin.to(y.dtype)) for y in (x, wide[0])
+        kernels.apply_rotary(y.unsqueeze(2), cos.to(y.dtype), sin.to(y.dtype)) for y in (x, wide[0])
     )
     for name in low:
         close(low[name], high[name].bfloat16(), what=name)

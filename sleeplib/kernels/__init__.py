@@ -8,33 +8,41 @@ chunked     the WY form in PyTorch, any device; matrix products instead of a tok
 fla         flash-linear-attention's Triton kernels (CUDA, optional)
 auto        reference for small states on the CPU, chunked for the rest
 ==========  ==============================================================================
+
+``naive.py`` holds the plain PyTorch that every kernel here is a faster form of.  After ``use_numba(False)``
+it runs in their place: "reference" is then its token loop, on any device, and "auto" is "chunked".  An
+argument that does not fit is refused by name everywhere (ValueError, TypeError), before memory is touched.
 """
 
-import math
+from contextlib import nullcontext
 
 import torch
 
 from . import chunked, fla, reference
-from .attention import rotate_pairs, softmax_attention
-from .convolution import causal_convolution, with_context
+from .arguments import check_tensor, finite_number
+from .attention import apply_rotary, softmax_attention
+from .convolution import causal_convolution, prepend_context
 from .gate import swiglu
-from .norm import rms_norm, unit, unit_heads
+from .jit import compiled, plain, use_numba
+from .norm import l2_normalize, rms_norm, split_heads
 from .walks import khop_walk, rule110_history, rule110_rollout
 
 __all__ = [
+    "apply_rotary",
     "causal_convolution",
+    "compiled",
     "gated_delta_rule",
     "gated_hebbian_rule",
     "khop_walk",
+    "l2_normalize",
+    "prepend_context",
     "rms_norm",
-    "rotate_pairs",
     "rule110_history",
     "rule110_rollout",
     "softmax_attention",
+    "split_heads",
     "swiglu",
-    "unit",
-    "unit_heads",
-    "with_context",
+    "use_numba",
 ]
 
 BACKENDS = ("auto", "reference", "chunked", "fla")
@@ -66,7 +74,8 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     backend : {"auto", "reference", "chunked", "fla"}
         Which implementation runs; all are differentiable in every tensor.
     validate : bool, optional
-        Check the values of `g` too.  Defaults to True on the CPU and False elsewhere, where it costs a sync.
+        Check the values of `g` too.  Defaults to True on the CPU, and to False elsewhere,
+        where it costs a sync, and under torch.compile and torch.export.
 
     Returns
     -------
@@ -80,7 +89,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     ValueError
         On a shape that does not fit, an unknown backend, or `g` that is positive or NaN.
     TypeError
-        On an argument that is not a floating-point tensor, or on mixed dtypes.
+        On an argument that is not a dense floating-point tensor, or on mixed dtypes.
 
     Notes
     -----
@@ -96,17 +105,10 @@ def gated_hebbian_rule(q, k, v, *, g, beta, initial_state=None, scale=None, back
 
     .. math:: S_t = \alpha_t S_{t-1} + \beta_t v_t k_t^\top, \qquad o_t = S_t q_t
 
-    Arguments, shapes, results and errors are those of :func:`gated_delta_rule`.
-
     Parameters
     ----------
-    q, k : torch.Tensor, shape (B, T, H, K)
-    v : torch.Tensor, shape (B, T, H, V)
-    g, beta : torch.Tensor, shape (B, T, H)
-    initial_state : torch.Tensor, shape (B, H, K, V), optional
-    scale : float, optional
-    backend : {"auto", "reference", "chunked", "fla"}
-    validate : bool, optional
+    q, k, v, g, beta, initial_state, scale, backend, validate
+        As in :func:`gated_delta_rule`, and so are the errors.
 
     Returns
     -------
@@ -121,66 +123,49 @@ def gated_hebbian_rule(q, k, v, *, g, beta, initial_state=None, scale=None, back
 
 
 def _dispatch(q, k, v, g, beta, S, scale, backend, validate, delta):
-    _check(q, k, v, g, beta, S, scale, backend)
-    B, _, H, K = q.shape
-    V = v.shape[3]
-    if validate if validate is not None else q.device.type == "cpu":
+    _check(q, k, v, g, beta, S, backend)
+    (B, _, H, K), V = q.shape, v.shape[3]
+    scale = finite_number("scale", scale, K**-0.5)
+    if plain(g) if validate is None else validate:
         if not bool((g <= 0).all()):
             raise ValueError("g: log decays must be at most 0 and not NaN (alpha = exp(g) lies in [0, 1])")
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     S = q.new_zeros(B, H, K, V, dtype=wide) if S is None else S.to(wide)
-    scale = K**-0.5 if scale is None else scale
-    if backend == "auto":
-        backend = "reference" if q.device.type == "cpu" and K * V <= SMALL_STATE else "chunked"
     # Under autocast the products of a recurrence would lose the state's precision, pass by pass.
-    with torch.autocast(q.device.type, enabled=False):
+    kind = q.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         if backend == "fla":
             o, S = fla.recurrence(q, k, v, g, beta, S, scale, delta)
         else:
-            if backend == "reference" and q.device.type != "cpu":
+            inputs = *(x.to(wide) for x in (q, k, v, g, beta)), S
+            if backend == "auto":
+                backend = "reference" if K * V <= SMALL_STATE and compiled(*inputs) else "chunked"
+            if backend == "reference" and kind != "cpu" and use_numba.on:
                 raise ValueError(f"backend='reference' runs on the CPU only; q is on {q.device}")
             run = reference.recurrence if backend == "reference" else chunked.recurrence
-            o, S = run(*(x.to(wide) for x in (q, k, v, g, beta)), S, scale, delta)
+            o, S = run(*inputs, scale, delta)
     return o.to(v.dtype), S
 
 
-def _check(q, k, v, g, beta, S, scale, backend):
+def _check(q, k, v, g, beta, S, backend):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    tensors = dict(q=q, k=k, v=v, g=g, beta=beta)
-    for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor; got {kind}")
-    if q.ndim != 4 or min(q.shape) < 1:
+    check_tensor("q", q, ("B", "T", "H", "K"))
+    check_tensor("v", v, ("B", "T", "H", "V"), like=q)
+    (B, T, H, K), V = q.shape, v.shape[3]
+    if 0 in q.shape:
         raise ValueError(f"q must have shape (B, T, H, K), none of them 0; got {tuple(q.shape)}")
-    B, T, H, K = q.shape
-    if v.ndim != 4 or v.shape[3] < 1:
+    if V < 1:
         raise ValueError(f"v must have shape (B, T, H, V), V at least 1; got {tuple(v.shape)}")
-    wanted = dict(k=(B, T, H, K), v=(B, T, H, v.shape[3]), g=(B, T, H), beta=(B, T, H))
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} to fit q {tuple(q.shape)}; got {tuple(tensors[name].shape)}"
-            )
-    for name, x in tensors.items():
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    # float64 is for proofs: a float32 argument among float64 ones would quietly spoil them.
-    doubles = {name for name, x in tensors.items() if x.dtype == torch.float64}
+    wanted = dict(k=(k, (B, T, H, K)), v=(v, (B, T, H, V)), g=(g, (B, T, H)), beta=(beta, (B, T, H)))
+    for name, (x, shape) in wanted.items():
+        check_tensor(name, x, shape, like=q)
     if S is not None:
-        if not isinstance(S, torch.Tensor) or not S.is_floating_point():
-            raise TypeError("initial_state must be a floating-point tensor or None")
-        if S.shape != (B, H, K, v.shape[3]):
-            raise ValueError(
-                f"initial_state must have shape (B, H, K, V) = {(B, H, K, v.shape[3])}; got {tuple(S.shape)}"
-            )
-        if S.device != q.device:
-            raise ValueError(f"initial_state is on {S.device}, q on {q.device}")
-        if (S.dtype == torch.float64) != ("v" in doubles):
+        check_tensor("initial_state", S, (B, H, K, V), like=q)
+        if (S.dtype == torch.float64) != (v.dtype == torch.float64):
             raise TypeError(f"initial_state is {S.dtype}, v is {v.dtype}: float64 goes with float64 only")
-    if doubles and len(doubles) < len(tensors):
-        odd = next(name for name in tensors if name not in doubles)
-        raise TypeError(f"{odd} is {tensors[odd].dtype} among float64 arguments: use one precision")
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None; got {scale!r}")
+    # float64 is for proofs: a float32 argument among float64 ones would quietly spoil them.
+    dtypes = dict(q=q.dtype, k=k.dtype, v=v.dtype, g=g.dtype, beta=beta.dtype)
+    odd = [name for name, dtype in dtypes.items() if dtype != torch.float64]
+    if odd and len(odd) < len(dtypes):
+        raise TypeError(f"{odd[0]} is {dtypes[odd[0]]} among float64 arguments: use one precision")

@@ -2,14 +2,15 @@
 
 import numpy as np
 import torch
-from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, exp, launch, rows
+from . import naive
+from .arguments import check_tensor, finite_number, positive_int
+from .jit import compiled, exp, launch, numba_kernel, strided_rows
 
 
-@njit(**LOOPS)
-def _attend(first, last, q, k, v, steps, scale, window, o, log_total):
+@numba_kernel
+def _attend(first, last, q, k, v, strides, scale, window, o, log_total):
     B, T, H, K = q.shape
     S, V = k.shape[1], o.shape[3]
     weight, zero = np.empty(S, o.dtype), o.dtype.type(0)
@@ -32,14 +33,14 @@ def _attend(first, last, q, k, v, steps, scale, window, o, log_total):
             out = o[b, t, h]
             out[:] = 0
             for s in range(oldest, newest + 1):
-                w, value = weight[s] / total, v[(b * S + s) * steps[1] + h * steps[2] :]
+                w, value = weight[s] / total, v[(b * S + s) * strides[1] + h * strides[2] :]
                 for j in range(V):
                     out[j] += w * value[j]
             log_total[b, h, t] = top + np.log(total)
 
 
-@njit(**LOOPS)
-def _backward(first, last, q, k, v, steps, scale, window, o, log_total, do, dq, dk, dv):
+@numba_kernel
+def _backward(first, last, q, k, v, strides, scale, window, o, log_total, do, dq, dk, dv):
     """With p the weight of a key and D = do . o: dv = sum p do, dscore = p (do . v - D)."""
     B, T, H, K = q.shape
     S, V = k.shape[1], o.shape[3]
@@ -64,7 +65,7 @@ def _backward(first, last, q, k, v, steps, scale, window, o, log_total, do, dq, 
             for s in range(oldest, newest + 1):
                 weight[s] = exp(weight[s] - log_total[b, h, t])
             for s in range(oldest, newest + 1):
-                w, value, gain = weight[s], v[(b * S + s) * steps[1] + h * steps[2] :], zero
+                w, value, gain = weight[s], v[(b * S + s) * strides[1] + h * strides[2] :], zero
                 for j in range(V):
                     gain += dout[j] * value[j]
                     dv[b, s, h, j] += w * dout[j]
@@ -79,7 +80,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, window):
         (B, T, H, _), V = q.shape, v.shape[3]
         q, k, o, log_total = q.contiguous(), k.contiguous(), v.new_empty(B, T, H, V), v.new_empty(B, H, T)
-        launch(_attend, B * H, q, k, *rows(v), scale, window, o, log_total)
+        launch(_attend, B * H, q, k, *strided_rows(v), scale, window, o, log_total)
         ctx.save_for_backward(q, k, v, o, log_total)
         ctx.options = scale, window
         return o
@@ -90,12 +91,12 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, log_total = ctx.saved_tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         B, _, H, _ = q.shape
-        launch(_backward, B * H, q, k, *rows(v), *ctx.options, o, log_total, do, *grads)
+        launch(_backward, B * H, q, k, *strided_rows(v), *ctx.options, o, log_total, do, *grads)
         return *grads, None, None
 
 
-def softmax_attention(q, k, v, *, window=None, scale=None):
-    r"""Causal softmax attention by loops on the CPU, equations (1) and (2).
+def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
+    r"""Causal softmax attention, one query at a time, equations (1) and (2).
 
     Parameters
     ----------
@@ -105,8 +106,8 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
         Keys of all S >= T positions, the cached ones first.
     v : torch.Tensor, shape (B, S, H, V)
         Values.
-    window : int, optional
-        A query sees its newest `window` keys, its own included; all if absent.
+    sliding_window : int, optional
+        A query sees its newest `sliding_window` keys, its own included; all if absent.
     scale : float, optional
         Factor on the scores, ``K ** -0.5`` if absent.
 
@@ -115,37 +116,37 @@ def softmax_attention(q, k, v, *, window=None, scale=None):
     torch.Tensor, shape (B, T, H, V)
         Differentiable in q, k and v.
 
-    Raises
-    ------
-    ValueError
-        On shapes that do not fit, or a window below 1.
-
     Notes
     -----
     Chapter: 01_attention
     """
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError("q, k and v must have four dimensions (batch, time, heads, size)")
-    (B, T, H, K), S = q.shape, k.shape[1]
-    if k.shape != (B, S, H, K) or v.shape[:3] != (B, S, H) or S < T:
+    check_tensor("q", q, ("B", "T", "H", "K"))
+    if 0 in q.shape:
+        raise ValueError(f"q must have shape (B, T, H, K), none of them 0; got {tuple(q.shape)}")
+    B, T, H, K = q.shape
+    check_tensor("k", k, (B, "S", H, K), like=q)
+    check_tensor("v", v, (B, k.shape[1], H, "V"), like=q)
+    if k.shape[1] < T or v.shape[3] < 1:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit one another: "
-            "want q (B, T, H, K), k (B, S, H, K), v (B, S, H, V) with S >= T"
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}: "
+            "want k (B, S, H, K) and v (B, S, H, V) with S >= T and V >= 1"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1; got {window}")
-    scale = K**-0.5 if scale is None else float(scale)
-    return _Attention.apply(q, k, v, scale, S if window is None else min(window, S))
+    window, scale = k.shape[1], finite_number("scale", scale, K**-0.5)
+    if sliding_window is not None:
+        window = min(window, positive_int("sliding_window", sliding_window))
+    if compiled(q, k, v):
+        return _Attention.apply(q, k, v, scale, window)
+    return naive.softmax_attention(q, k, v, scale, window)
 
 
-@njit(**LOOPS)
-def _rotate(first, last, x, steps, cos, sin, y):
+@numba_kernel
+def _rotate(first, last, x, strides, cos, sin, y):
     T, H, K = y.shape[1:]
     half = K // 2
     for n in range(first, last):
         b, t = n // T, n % T
         for h in range(H):
-            row, out = x[n * steps[1] + h * steps[2] :], y[b, t, h]
+            row, out = x[n * strides[1] + h * strides[2] :], y[b, t, h]
             for j in range(half):
                 out[j] = row[j] * cos[t, j] - row[j + half] * sin[t, j]
                 out[j + half] = row[j + half] * cos[t, j] + row[j] * sin[t, j]
@@ -166,11 +167,11 @@ class _Rotation(torch.autograd.Function):
 
 def _turn(x, cos, sin):
     y = x.new_empty(x.shape)
-    launch(_rotate, x.shape[0] * x.shape[1], *rows(x), cos, sin, y)
+    launch(_rotate, x.shape[0] * x.shape[1], *strided_rows(x), cos, sin, y)
     return y
 
 
-def rotate_pairs(x, cos, sin):
+def apply_rotary(x, cos, sin):
     """Turn the pairs (x[j], x[j + K / 2]) of each row by the angle of its position.
 
     Parameters
@@ -187,8 +188,11 @@ def rotate_pairs(x, cos, sin):
     -----
     Chapter: 01_attention
     """
-    if x.device.type == "cpu" and x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64):
+    check_tensor("x", x, ("B", "T", "H", "K"))
+    if x.shape[3] % 2:
+        raise ValueError(f"x must have an even last axis; got {tuple(x.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(name, table, (x.shape[1], x.shape[3] // 2), like=x)
+    if compiled(x, cos, sin) and not (cos.requires_grad or sin.requires_grad):
         return _Rotation.apply(x, cos, sin)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    one, two = x.chunk(2, dim=-1)
-    return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)
+    return naive.apply_rotary(x, cos, sin)

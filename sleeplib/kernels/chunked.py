@@ -9,16 +9,24 @@ writes before it in the chunk, which is a unit lower triangular system; solved o
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
 
 For the Hebbian rule A = 0 and the read of S drops out.
+
+In a product 0 times NaN is NaN, so a NaN would reach the tokens of its chunk before it.  On the CPU the loop
+takes over where the last state is not finite; a GPU would have to wait for that answer.
 """
 
+import math
+
 import torch
+
+from . import reference
+from .jit import plain
 
 LOWEST = -100.0  # exp(-100) is 0 in float32; a floor keeps -inf out of the differences G_i - G_j
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta, chunk=64):
     """Run the recurrence by matrix products: o (B, T, H, V) and the last state (B, H, K, V)."""
-    T = q.shape[1]
+    T, given = q.shape[1], (q, k, v, g, beta, S, scale, delta)
     chunk = min(chunk, T)
     count = -(-T // chunk)
 
@@ -51,5 +59,7 @@ def recurrence(q, k, v, g, beta, S, scale, delta, chunk=64):
         U = v[:, :, c] - read[:, :, c] @ S if delta else v[:, :, c]
         outputs.append(q[:, :, c] @ S + scores[:, :, c] @ U)
         S = last[:, :, c] * S + k[:, :, c].transpose(-1, -2) @ U
+    if plain(S) and not math.isfinite(S.detach().sum()):
+        return reference.recurrence(*given)
     o = torch.cat(outputs, dim=2) if count > 1 else outputs[0]
     return o[:, :, :T].transpose(1, 2), S

@@ -1,17 +1,17 @@
-"""Causal depthwise convolution over time: one sweep on the CPU, shifted sums elsewhere."""
+"""Causal depthwise convolution over time in one sweep."""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, exp, launch, rows
+from . import naive
+from .arguments import check_tensor, positive_int
+from .jit import compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient
 
 
-@njit(**LOOPS)
+@numba_kernel
 def _filter(row, x, start, step, context, weight, t):
     """Fill row (C,) with the filtered input of one position; before the first lies the context."""
     taps, C = len(weight), len(row)
@@ -29,21 +29,21 @@ def _filter(row, x, start, step, context, weight, t):
             row[j] += past[j] * tap[j]
 
 
-@njit(**LOOPS)
-def _forward(first, last, x, steps, context, weight, silu, y):
+@numba_kernel
+def _forward(first, last, x, strides, context, weight, silu, y):
     B, T, C = y.shape
     one = y.dtype.type(1)
     for b in range(first * BLOCK, min(last * BLOCK, B)):
         for t in range(T):
             row = y[b, t]
-            _filter(row, x, b * steps[1], steps[2], context[b], weight, t)
+            _filter(row, x, b * strides[1], strides[2], context[b], weight, t)
             if silu:
                 for c in range(C):
                     row[c] = row[c] / (one + exp(-row[c]))
 
 
-@njit(**LOOPS)
-def _backward(first, last, x, steps, context, weight, silu, dy, dx, dcontext, dweight):
+@numba_kernel
+def _backward(first, last, x, strides, context, weight, silu, dy, dx, dcontext, dweight):
     B, T, C = dy.shape
     taps, one = len(weight), dy.dtype.type(1)
     z, dz = np.empty(C, dy.dtype), np.empty(C, dy.dtype)
@@ -55,14 +55,14 @@ def _backward(first, last, x, steps, context, weight, silu, dy, dx, dcontext, dw
             for t in range(T):
                 dz[:] = dy[b, t]
                 if silu:
-                    _filter(z, x, b * steps[1], steps[2], context[b], weight, t)
+                    _filter(z, x, b * strides[1], strides[2], context[b], weight, t)
                     for c in range(C):
                         s = one / (one + exp(-z[c]))
                         dz[c] *= s * (one + z[c] * (one - s))
                 for i in range(taps):
                     s = t + i - (taps - 1)
                     if s >= 0:
-                        past, dpast = x[b * steps[1] + s * steps[2] :], dx[b, s]
+                        past, dpast = x[b * strides[1] + s * strides[2] :], dx[b, s]
                     elif len(context[b]):
                         past, dpast = context[b, t + i], dcontext[b, t + i]
                     else:
@@ -79,7 +79,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, context, silu):
         y = x.new_empty(x.shape)
         context = x.new_empty(len(x), 0, x.shape[2]) if context is None else context
-        launch(_forward, -(-len(x) // BLOCK), *rows(x), context, weight, silu, y)
+        launch(_forward, -(-len(x) // BLOCK), *strided_rows(x), context, weight, silu, y)
         ctx.save_for_backward(x, weight, context)
         ctx.silu = silu
         return y
@@ -90,7 +90,8 @@ class _Convolution(torch.autograd.Function):
         x, weight, context = ctx.saved_tensors
         dx, dcontext = x.new_empty(x.shape), x.new_empty(context.shape)
         dweight = x.new_empty(-(-len(x) // BLOCK), *weight.shape)
-        launch(_backward, len(dweight), *rows(x), context, weight, ctx.silu, dy, dx, dcontext, dweight)
+        given = *strided_rows(x), context, weight, ctx.silu
+        launch(_backward, len(dweight), *given, dy, dx, dcontext, dweight)
         return dx, dweight.sum(0), dcontext if ctx.needs_input_grad[2] else None, None
 
 
@@ -115,17 +116,21 @@ def causal_convolution(x, weight, context=None, silu=False):
     -----
     Chapter: 06_hybrid
     """
-    same = x.dtype == weight.dtype and (context is None or context.dtype == x.dtype)
-    if x.device.type == "cpu" and same and x.dtype in (torch.float32, torch.float64):
-        return _Convolution.apply(x, weight, context, silu)
-    x = with_context(x, context, len(weight))
-    T = x.shape[1] - len(weight) + 1
-    y = sum(x[:, i : i + T] * weight[i] for i in range(len(weight)))
-    return F.silu(y) if silu else y
+    check_tensor("x", x, ("B", "T", "C"))
+    check_tensor("weight", weight, ("taps", x.shape[2]), like=x)
+    if len(weight) < 1:
+        raise ValueError(f"weight must have at least one tap; got {tuple(weight.shape)}")
+    if context is not None:
+        check_tensor("context", context, (len(x), len(weight) - 1, x.shape[2]), like=x)
+    if compiled(x, weight, context):
+        return _Convolution.apply(x, weight, context, bool(silu))
+    return naive.causal_convolution(x, weight, context, silu)
 
 
-def with_context(x, context, taps):
-    """x (B, T, C) behind its newest ``taps - 1`` predecessors, zeros if there are none."""
-    if context is None:
-        context = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
-    return torch.cat((context.to(x.dtype), x), dim=1)
+def prepend_context(x, context, taps):
+    """x (B, T, C) behind context (B, taps - 1, C), its newest predecessors; zeros if there is none."""
+    check_tensor("x", x, ("B", "T", "C"))
+    taps = positive_int("taps", taps)
+    if context is not None:
+        check_tensor("context", context, (len(x), taps - 1, x.shape[2]), like=x)
+    return naive.prepend_context(x, context, taps)

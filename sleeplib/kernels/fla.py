@@ -1,5 +1,7 @@
 """An optional bridge to flash-linear-attention's Triton kernels on CUDA."""
 
+from .chunked import LOWEST
+
 
 def recurrence(q, k, v, g, beta, S, scale, delta):
     """Run fla's chunked kernels: o (B, T, H, V) and the last state (B, H, K, V), float32."""
@@ -12,7 +14,8 @@ def recurrence(q, k, v, g, beta, S, scale, delta):
         ) from error
     if q.device.type != "cuda":
         raise ValueError(f"backend='fla' runs on CUDA only; q is on {q.device}")
-    options = dict(scale=scale, initial_state=S, output_final_state=True)
+    g = g.clamp(min=LOWEST)  # they subtract running sums, and -inf minus -inf is NaN
+    options = dict(g=g, scale=scale, initial_state=S, output_final_state=True)
     if delta:
-        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, **options)
-    return chunk_simple_gla(q, k, v * beta.unsqueeze(-1), g=g, **options)
+        return chunk_gated_delta_rule(q, k, v, beta=beta, **options)
+    return chunk_simple_gla(q, k, v * beta.unsqueeze(-1), **options)

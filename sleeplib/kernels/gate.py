@@ -1,14 +1,14 @@
-"""The gate of a feed-forward layer: one sweep on the CPU, PyTorch's own operations elsewhere."""
+"""The gate of a feed-forward layer in one sweep."""
 
 import torch
-import torch.nn.functional as F
-from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, exp, launch
+from . import naive
+from .arguments import check_tensor
+from .jit import compiled, exp, launch, numba_kernel
 
 
-@njit(**LOOPS)
+@numba_kernel
 def _forward(first, last, x, y):
     n, one = y.shape[1], y.dtype.type(1)
     for i in range(first, last):
@@ -17,7 +17,7 @@ def _forward(first, last, x, y):
             y[i, j] = gate[j] / (one + exp(-gate[j])) * up[j]
 
 
-@njit(**LOOPS)
+@numba_kernel
 def _backward(first, last, x, dy, dx):
     n, one = dy.shape[1], dy.dtype.type(1)
     for i in range(first, last):
@@ -65,7 +65,7 @@ def swiglu(x):
     -----
     Chapter: 06_hybrid
     """
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return _SwiGLU.apply(x)
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    check_tensor("x", x, (..., "2 n"))
+    if x.shape[-1] % 2:
+        raise ValueError(f"x must have an even last axis; got {tuple(x.shape)}")
+    return _SwiGLU.apply(x) if compiled(x) else naive.swiglu(x)

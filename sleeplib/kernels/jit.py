@@ -1,19 +1,96 @@
-"""How every Numba kernel here is compiled, and how it is called."""
+"""Whether Numba runs, how its kernels are compiled and kept, and how they are called."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from numba import types
+from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import overload
 
 # Sums may be reordered and contracted to FMAs, and a division by zero is inf and no exception: both let LLVM
 # vectorise.  NaN and inf keep their meaning.
-LOOPS = dict(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+NUMBA_OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 GRAIN = 32768  # entries below which one thread does it all, as in PyTorch
 PARTS = 4  # pieces of work a thread: whoever is free takes the next, so a busy core holds up nobody
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # a subclass may hold no numbers, or other numbers
+SOURCES = sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).digest()
+
+
+class use_numba:
+    """Switch every Numba path on or off: for good, or until the end of a ``with`` block.
+
+    Off, the plain PyTorch of ``naive.py`` runs in its place: slower, but differentiable twice.  Set
+    ``SLEEPLIB_NUMBA=0`` in the environment to begin so.
+
+    Parameters
+    ----------
+    on : bool
+
+    Notes
+    -----
+    Chapter: 05_chunks
+    """
+
+    on = os.environ.get("SLEEPLIB_NUMBA") != "0"
+
+    def __init__(self, on):
+        if not isinstance(on, bool):
+            raise TypeError(f"on must be True or False; got {on!r}")
+        self.before, use_numba.on = use_numba.on, on
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        use_numba.on = self.before
+
+
+def plain(*tensors):
+    """Whether these are ordinary CPU tensors, numbers in memory, that nothing traces or transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    strided = torch.strided
+    return all(type(x) in PLAIN and x.is_cpu and x.layout is strided and not x.is_neg() for x in tensors)
+
+
+def compiled(*tensors):
+    """Whether Numba runs on these: it is on, they are plain, not empty, all float32 or all float64."""
+    dtype = tensors[0].dtype
+    if not use_numba.on or dtype not in (torch.float32, torch.float64):
+        return False
+    tensors = [x for x in tensors if x is not None]
+    return plain(*tensors) and all(x.dtype == dtype and x.numel() > 0 for x in tensors)
+
+
+class _Cache(FunctionCache):
+    """Machine code on disk.  It holds what a kernel's file imports: a change of any makes it stale."""
+
+    def __init__(self, f):
+        super().__init__(f)
+        self._cache_file._source_stamp = self._cache_file._source_stamp, SOURCES
+
+    def load_overload(self, *args):
+        with suppress(OSError, EOFError, UnpicklingError):  # what cannot be read is compiled again
+            return super().load_overload(*args)
+
+    def save_overload(self, *args):
+        with suppress(OSError, EOFError, UnpicklingError):
+            super().save_overload(*args)
+
+
+def numba_kernel(f):
+    """Compile f at its first call, once a precision, and keep the result where a folder can be written."""
+    kernel = njit(**NUMBA_OPTIONS)(f)
+    with suppress(RuntimeError):  # no such folder: every process compiles for itself
+        kernel._cache = _Cache(f)
+    return kernel
 
 
 def exp(x):
@@ -21,7 +98,7 @@ def exp(x):
     return np.exp(x)
 
 
-@overload(exp, jit_options=LOOPS, inline="always")
+@overload(exp, jit_options=NUMBA_OPTIONS, inline="always")
 def _exp(x):
     if x != types.float32:
         return lambda x: np.exp(x)
@@ -40,14 +117,14 @@ def _exp(x):
     return single
 
 
-def rows(x):
+def strided_rows(x):
     """The rows of x, along its last axis, without a copy where they lie evenly in memory.
 
     Returns
     -------
     flat : torch.Tensor, one axis
         Memory from the first row on.
-    steps : tuple of int
+    strides : tuple of int
         (inner, outer, step): row i begins at ``i // inner * outer + i % inner * step``.
     """
     *leading, inner, n = x.shape
@@ -66,10 +143,12 @@ def rows(x):
 @cache
 def _pool():
     """Threads for the kernels, made when first needed.  They sleep between calls; OpenMP's would spin."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sleeplib")
+    affinity = getattr(os, "sched_getaffinity", None)  # of this process, where the system knows such
+    return ThreadPoolExecutor(len(affinity(0)) if affinity else os.cpu_count(), "sleeplib")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _array(x):
@@ -81,7 +160,7 @@ def launch(kernel, count, *args):
     """Call ``kernel(first, last, *arrays)`` over range(count), in parts on as many threads as PyTorch uses.
 
     CPU tensors become arrays; floats take the first one's precision.  The parts must not depend on one
-    another.
+    another.  What a kernel fills must be contiguous: of another tensor it would fill a copy.
     """
     arrays = [_array(x) for x in args if isinstance(x, torch.Tensor)]
     rest = iter(arrays)

@@ -1,39 +1,39 @@
-"""Norms: one sweep over each row on the CPU, PyTorch's own operations elsewhere."""
+"""Norms, one sweep over each row."""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, exp, launch, rows
+from . import naive
+from .arguments import check_tensor, finite_number, positive_int
+from .jit import compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
 
 
-@njit(**LOOPS)
-def _forward(first, last, x, steps, gate, gate_step, weight, eps, y, rate):
-    """A group has `inner` rows, side by side in y and in the gate, `steps` apart in x."""
-    (groups, inner), n = rate.shape, len(weight)
+@numba_kernel
+def _forward(first, last, x, strides, gate, gate_step, weight, eps, y, rstd):
+    """A group has `inner` rows, side by side in y and in the gate, its `strides` apart in x."""
+    (groups, inner), n = rstd.shape, len(weight)
     size, one, many = weight.dtype.type(n), weight.dtype.type(1), max(1, BLOCK // inner)
     for a in range(first * many, min(last * many, groups)):
         for h in range(inner):
-            row, out, total = x[a * steps[0] + h * steps[1] :], y[a, h * n :], eps * size
+            row, out, total = x[a * strides[0] + h * strides[1] :], y[a, h * n :], eps * size
             for j in range(n):
                 total += row[j] * row[j]
             r = np.sqrt(size / total)
             for j in range(n):
                 out[j] = row[j] * r * weight[j]
-            rate[a, h] = r
+            rstd[a, h] = r
         if gate.size:
             z, out = gate[a * gate_step :], y[a]
             for j in range(inner * n):
                 out[j] *= z[j] / (one + exp(-z[j]))
 
 
-@njit(**LOOPS)
-def _backward(first, last, x, steps, gate, gate_step, weight, rate, dy, dx, dgate, dweight):
-    (groups, inner), n = rate.shape, len(weight)
+@numba_kernel
+def _backward(first, last, x, strides, gate, gate_step, weight, rstd, dy, dx, dgate, dweight):
+    (groups, inner), n = rstd.shape, len(weight)
     size, one, many = weight.dtype.type(n), weight.dtype.type(1), max(1, BLOCK // inner)
     for block in range(first, last):
         dweight[block] = 0
@@ -48,7 +48,7 @@ def _backward(first, last, x, steps, gate, gate_step, weight, rate, dy, dx, dgat
                 for j in range(inner * n):
                     s[j] *= (one + z[j] * (one - s[j])) * dy[a, j]
             for h in range(inner):
-                row, r = x[a * steps[0] + h * steps[1] :], rate[a, h]
+                row, r = x[a * strides[0] + h * strides[1] :], rstd[a, h]
                 change, out = dn[h * n :], dx[a, h * n :]
                 if gate.size:
                     s = dgate[a, h * n :]
@@ -67,13 +67,13 @@ def _backward(first, last, x, steps, gate, gate_step, weight, rate, dy, dx, dgat
 
 def _grouped(x, gate):
     """Arguments of both kernels: x and the gate as rows, and the shape (groups, inner) of all rows."""
-    n, (flat, (inner, outer, step)) = x.shape[-1], rows(x)
+    n, (flat, (inner, outer, step)) = x.shape[-1], strided_rows(x)
     if gate is None and outer == inner * step:  # every row is a group of its own
         inner, outer = 1, step
     shape = x.numel() // (inner * n), inner
     if gate is None:
         return (flat, (outer, step), x.new_empty(0), 0), shape
-    gate, (_, _, gate_step) = rows(gate.reshape(shape[0], -1))
+    gate, (_, _, gate_step) = strided_rows(gate.reshape(shape[0], -1))
     return (flat, (outer, step), gate, gate_step), shape
 
 
@@ -85,20 +85,20 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, gate):
         args, shape = _grouped(x, gate)
-        y, rate = x.new_empty(shape[0], shape[1] * x.shape[-1]), x.new_empty(shape)
-        launch(_forward, _tasks(*shape), *args, weight, eps, y, rate)
-        ctx.save_for_backward(x, weight, rate, gate)
+        y, rstd = x.new_empty(shape[0], shape[1] * x.shape[-1]), x.new_empty(shape)
+        launch(_forward, _tasks(*shape), *args, weight, eps, y, rstd)
+        ctx.save_for_backward(x, weight, rstd, gate)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, rate, gate = ctx.saved_tensors
+        x, weight, rstd, gate = ctx.saved_tensors
         args, shape = _grouped(x, gate)
         dy = dy.reshape(shape[0], -1)
-        dx, dgate = torch.empty_like(dy), torch.empty_like(dy) if gate is not None else dy.new_empty(0, 0)
+        dx, dgate = x.new_empty(dy.shape), x.new_empty(dy.shape if gate is not None else (0, 0))
         dweight = x.new_empty(_tasks(*shape), len(weight) if ctx.needs_input_grad[1] else 0)
-        launch(_backward, len(dweight), *args, weight, rate, dy, dx, dgate, dweight)
+        launch(_backward, len(dweight), *args, weight, rstd, dy, dx, dgate, dweight)
         dweight = dweight.sum(0) if ctx.needs_input_grad[1] else None
         return dx.view(x.shape), dweight, None, None if gate is None else dgate.view(x.shape)
 
@@ -121,15 +121,25 @@ def rms_norm(x, weight, eps, gate=None):
     -----
     Chapter: 06_hybrid
     """
-    same = x.dtype == weight.dtype and (gate is None or gate.dtype == x.dtype)
-    if x.device.type == "cpu" and x.ndim > 1 and same and x.dtype in (torch.float32, torch.float64):
+    check_tensor("x", x, (..., "n"))
+    check_tensor("weight", weight, x.shape[-1:], like=x)
+    if gate is not None:
+        check_tensor("gate", gate, x.shape, like=x)
+    eps = finite_number("eps", eps, least=0)
+    if x.ndim > 1 and compiled(x, weight, gate):
         return _RMSNorm.apply(x, weight, eps, gate)
-    y = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return y if gate is None else y * F.silu(gate)
+    return naive.rms_norm(x, weight, eps, gate)
 
 
-@njit(**LOOPS)
-def _split(first, last, x, eps, q, k, v, rate):
+def l2_normalize(x, eps=1e-6):
+    """Scale the rows of x (..., K) to length 1: ``x / sqrt(sum(x^2) + eps)``."""
+    check_tensor("x", x, (..., "K"))
+    positive_int("x.shape[-1]", x.shape[-1])
+    return naive.l2_normalize(x, finite_number("eps", eps, least=0))
+
+
+@numba_kernel
+def _split(first, last, x, eps, q, k, v, rstd):
     _, H, K = q.shape
     one = x.dtype.type(1)
     for a in range(first, last):
@@ -142,19 +152,19 @@ def _split(first, last, x, eps, q, k, v, rate):
                 r = one / np.sqrt(total)
                 for j in range(K):
                     y[a, h, j] = row[j] * r
-                rate[a, part * H + h] = r
+                rstd[a, part * H + h] = r
         v[a] = x[a, 2 * H * K :]
 
 
-@njit(**LOOPS)
-def _split_backward(first, last, q, k, rate, dq, dk, dv, dx):
+@numba_kernel
+def _split_backward(first, last, q, k, rstd, dq, dk, dv, dx):
     _, H, K = q.shape
     zero = q.dtype.type(0)
     for a in range(first, last):
         for part in range(2):
             y, dy = (q, dq) if part == 0 else (k, dk)
             for h in range(H):
-                r, pull, out = rate[a, part * H + h], zero, dx[a, (part * H + h) * K :]
+                r, pull, out = rstd[a, part * H + h], zero, dx[a, (part * H + h) * K :]
                 for j in range(K):
                     pull += y[a, h, j] * dy[a, h, j]
                 for j in range(K):
@@ -162,58 +172,54 @@ def _split_backward(first, last, q, k, rate, dq, dk, dv, dx):
         dx[a, 2 * H * K :] = dv[a]
 
 
-class _UnitHeads(torch.autograd.Function):
+class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, H, K, eps):
         *leading, C = x.shape
         V = C // H - 2 * K
         q, k, v = (x.new_empty(*leading, H, size) for size in (K, K, V))
-        rate = x.new_empty(q[..., 0, 0].numel(), 2 * H)
-        flat = (len(rate), H, K)
-        launch(_split, len(rate), x.view(-1, C), eps, q.view(flat), k.view(flat), v.view(len(rate), -1), rate)
-        ctx.save_for_backward(q, k, rate)
+        rstd = x.new_empty(q[..., 0, 0].numel(), 2 * H)
+        flat = (len(rstd), H, K)
+        launch(_split, len(rstd), x.view(-1, C), eps, q.view(flat), k.view(flat), v.view(len(rstd), -1), rstd)
+        ctx.save_for_backward(q, k, rstd)
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv):
-        q, k, rate = ctx.saved_tensors
-        count, flat = len(rate), (len(rate), *q.shape[-2:])
+        q, k, rstd = ctx.saved_tensors
+        count, flat = len(rstd), (len(rstd), *q.shape[-2:])
         leading = q.shape[:-2]
         q, k, dq, dk = (x.reshape(flat) for x in (q, k, dq, dk))
         dv = dv.reshape(count, -1)
         dx = q.new_empty(count, 2 * q[0].numel() + dv.shape[1])
-        launch(_split_backward, count, q, k, rate, dq, dk, dv, dx)
+        launch(_split_backward, count, q, k, rstd, dq, dk, dv, dx)
         return dx.view(*leading, -1), None, None, None
 
 
-def unit_heads(x, H, K, eps=1e-6):
-    """Split x into queries, keys and values, and scale queries and keys to length 1, as :func:`unit` does.
+def split_heads(x, H, K, eps=1e-6):
+    """Split x into queries, keys and values, and scale queries and keys to length 1.
 
     Parameters
     ----------
-    x : torch.Tensor, shape (B, T, H (2 K + V))
+    x : torch.Tensor, shape (..., H (2 K + V))
         All queries, all keys, all values, head by head.
     H, K : int
     eps : float
 
     Returns
     -------
-    q, k : torch.Tensor, shape (B, T, H, K)
-    v : torch.Tensor, shape (B, T, H, V)
+    q, k : torch.Tensor, shape (..., H, K)
+    v : torch.Tensor, shape (..., H, V)
 
     Notes
     -----
     Chapter: 06_hybrid
     """
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return _UnitHeads.apply(x.contiguous(), H, K, float(eps))
-    q, k, v = x.split((H * K, H * K, x.shape[-1] - 2 * H * K), dim=-1)
-    q, k = (unit(z.unflatten(-1, (H, K)), eps) for z in (q, k))
-    return q, k, v.unflatten(-1, (H, -1))
-
-
-def unit(x, eps=1e-6):
-    """Scale x (..., K) to length 1, ``x / sqrt(sum(x^2) + eps)``: an RMS norm in other words."""
-    K = x.shape[-1]
-    return rms_norm(x, x.new_full((K,), K**-0.5), eps / K)
+    check_tensor("x", x, (..., "H (2 K + V)"))
+    H, K, eps = positive_int("H", H), positive_int("K", K), finite_number("eps", eps, least=0)
+    if x.shape[-1] % H or x.shape[-1] <= 2 * H * K:
+        raise ValueError(f"x must have shape (..., H (2 K + V)), H = {H}, K = {K}; got {tuple(x.shape)}")
+    if compiled(x):
+        return _SplitHeads.apply(x.contiguous(), H, K, eps)
+    return naive.split_heads(x, H, K, eps)

@@ -1,4 +1,4 @@
-r"""The slow truth: gated linear recurrences as loops that read like the equations.
+r"""Gated linear recurrences as loops, compiled by Numba; the plain form is in ``naive.py``.
 
 One step of the gated delta rule on the fast weight S, shape (K, V), for one head::
 
@@ -9,21 +9,21 @@ One step of the gated delta rule on the fast weight S, shape (K, V), for one hea
 
 The backward pass is the same four lines, derived by hand and walked in reverse.  Every quantity is a loop
 over plain arrays, compiled by Numba; heads and sequences are independent, so they run in parallel.  A head's
-state stays in the core's own cache for the whole window, which is why the slow truth is also the fastest CPU
+state stays in the core's own cache for the whole window, which is why the loop is also the fastest CPU
 path for the small models of this book.
 """
 
 import numpy as np
 import torch
-from numba import njit
 from torch.autograd.function import once_differentiable
 
-from .jit import LOOPS, launch
+from . import naive
+from .jit import compiled, launch, numba_kernel
 
 SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
 
 
-@njit(**LOOPS)
+@numba_kernel
 def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
     """Fill o (B, T, H, V); advance S (B, H, K, V) in place; keep u and segment starts when there is room.
 
@@ -39,7 +39,7 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
         for t in range(T):
             if keep and t and t % SEGMENT == 0:
                 starts[b, h, t // SEGMENT - 1] = M
-            alpha, rate = np.exp(g[b, t, h]), beta[b, t, h]
+            alpha, b_t = np.exp(g[b, t, h]), beta[b, t, h]
             error[:] = 0
             out[:] = 0
             kq = zero
@@ -50,7 +50,7 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
                     error[j] += M[i, j] * ki
                     out[j] += M[i, j] * qi
             for j in range(V):
-                error[j] = rate * (v[b, t, h, j] - alpha * error[j]) if delta else rate * v[b, t, h, j]
+                error[j] = b_t * (v[b, t, h, j] - alpha * error[j]) if delta else b_t * v[b, t, h, j]
                 o[b, t, h, j] = scale * (alpha * out[j] + kq * error[j])
             for i in range(K):
                 ki = k[b, t, h, i]
@@ -60,7 +60,7 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
                 u[b, t, h] = error
 
 
-@njit(**LOOPS)
+@numba_kernel
 def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS, dq, dk, dv, dg, dbeta):
     """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the first.
 
@@ -86,7 +86,7 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS,
                     for j in range(V):
                         after[i, j] = alpha * before[i, j] + ki * u[b, t, h, j]
             for t in range(stop - 1, start - 1, -1):
-                alpha, rate = np.exp(g[b, t, h]), beta[b, t, h]
+                alpha, b_t = np.exp(g[b, t, h]), beta[b, t, h]
                 P, out, w = path[t - start], do[b, t, h], u[b, t, h]
                 du[:] = 0
                 kq = ow = sum_b = sum_g = zero
@@ -106,9 +106,9 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS,
                     sum_g += DP + qi * Po
                 for j in range(V):  # u = beta (v - alpha P^T k), or beta v
                     du[j] += kq * out[j]
-                    dv[b, t, h, j] = rate * du[j]
+                    dv[b, t, h, j] = b_t * du[j]
                     sum_b += du[j] * v[b, t, h, j]
-                back = rate if delta else zero
+                back = b_t if delta else zero
                 for i in range(K):
                     ki, qi = k[b, t, h, i], scale * q[b, t, h, i]
                     kw = ki * back
@@ -117,7 +117,7 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS,
                         Pu += P[i, j] * du[j]
                         D[i, j] = alpha * (D[i, j] + qi * out[j] - kw * du[j])
                     if delta:
-                        dk[b, t, h, i] -= rate * alpha * Pu
+                        dk[b, t, h, i] -= b_t * alpha * Pu
                         sum_b -= ki * alpha * Pu
                         sum_g -= kw * Pu
                 dbeta[b, t, h] = sum_b
@@ -129,7 +129,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, S, scale, delta):
         (B, T, H, K), V = q.shape, v.shape[3]
         kept = any(ctx.needs_input_grad)
-        o, final = torch.empty_like(v, memory_format=torch.contiguous_format), S.detach().clone()
+        o, final = v.new_empty(v.shape), S.detach().clone(memory_format=torch.contiguous_format)
         u = v.new_empty((B, T, H, V) if kept else (0, 0, 0, 0))
         starts = v.new_empty((B, H, (T - 1) // SEGMENT, K, V) if kept else (0, 0, 0, 0, 0))
         launch(_forward, B * H, q, k, v, g, beta, scale, delta, final, o, u, starts)
@@ -142,27 +142,13 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, do, dS):
         q, k, v, g, beta, S, u, starts = ctx.saved_tensors
         dS = dS.contiguous().clone()
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
-        launch(
-            _backward,
-            q.shape[0] * q.shape[2],
-            q,
-            k,
-            v,
-            g,
-            beta,
-            ctx.scale,
-            ctx.delta,
-            S,
-            u,
-            starts,
-            do,
-            dS,
-            *grads,
-        )
+        grads = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
+        shared = q, k, v, g, beta, ctx.scale, ctx.delta, S, u, starts
+        launch(_backward, q.shape[0] * q.shape[2], *shared, do, dS, *grads)
         return *grads, dS, None, None
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta):
-    """Run the recurrence on the CPU: o (B, T, H, V) and the last state (B, H, K, V), both differentiable."""
-    return _Recurrence.apply(q, k, v, g, beta, S, float(scale), delta)
+    """Run the recurrence token by token: o (B, T, H, V) and the last state (B, H, K, V)."""
+    run = _Recurrence.apply if compiled(q, k, v, g, beta, S) else naive.recurrence
+    return run(q, k, v, g, beta, S, scale, delta)

@@ -1,0 +1,45 @@
+"""What every kernel asks of its arguments before it touches memory."""
+
+import math
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name, x, shape, like=None):
+    """Raise unless x is a dense float tensor of this shape; a letter is any size, ... any number of axes."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor; got {kind}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; got {'nested' if x.is_nested else x.layout}")
+    known, sizes = (shape[1:], x.shape[1 - len(shape) :]) if shape[0] is ... else (shape, x.shape)
+    if len(known) != len(sizes) or any(n != m for n, m in zip(known, sizes) if type(n) is not str):
+        wanted = ", ".join("..." if n is ... else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape ({wanted}); got {tuple(x.shape)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, what it goes with on {like.device}")
+
+
+def finite_number(name, x, default=None, least=-math.inf):
+    """x as a float, from a Python number, a NumPy number or a 0-dimensional array; `default` for None."""
+    if x is None and default is not None:
+        return default
+    value = x
+    if isinstance(x, (np.generic, np.ndarray)) or type(x) is torch.Tensor and not x.requires_grad:
+        value = x.tolist() if x.ndim == 0 and str(getattr(x, "device", "")) != "meta" else None
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if not known or not least <= value or not abs(value) < 2**1023:
+        bound = f" of at least {least}" if least == 0 else " or None" * (default is not None)
+        raise ValueError(f"{name} must be a finite number{bound}; got {x!r}")
+    return float(value)
+
+
+def positive_int(name, x):
+    """x as an int, Python's or NumPy's, of at least 1."""
+    if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
+        raise ValueError(f"{name} must be an int of at least 1; got {x!r}")
+    return int(x)

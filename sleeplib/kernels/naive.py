@@ -1,0 +1,81 @@
+r"""The readable truth in plain PyTorch: no loop is compiled, no gradient is written by hand.
+
+Every kernel of this folder computes one of these functions faster.  They run in the kernels' place on other
+devices, in low precision, under ``torch.compile`` and ``torch.export``, and everywhere once
+``use_numba(False)`` was called; they can be differentiated any number of times.  Arguments are taken as they
+come: the public functions check them first.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def recurrence(q, k, v, g, beta, S, scale, delta):
+    """The four lines, token by token: o (B, T, H, V) and the last (B, H, K, V).
+
+    q, k (B, T, H, K); v (B, T, H, V); g, beta (B, T, H).
+    """
+    outputs = []
+    for t in range(q.shape[1]):
+        S = g[:, t, :, None, None].exp() * S  # decay
+        read = torch.einsum("bhkv,bhk->bhv", S, k[:, t]) if delta else 0  # read
+        S = S + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], v[:, t] - read)  # write
+        outputs.append(scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]))  # output
+    return torch.stack(outputs, dim=1), S
+
+
+def softmax_attention(q, k, v, scale, window):
+    """Each query q (B, T, H, K) over its newest `window` keys of k (B, S, H, K), its own the newest."""
+    T, S, rows = q.shape[1], k.shape[1], []
+    for t in range(T):
+        seen = slice(max(0, S - T + t + 1 - window), S - T + t + 1)
+        scores = scale * torch.einsum("bhk,bshk->bhs", q[:, t], k[:, seen])
+        rows.append(torch.einsum("bhs,bshv->bhv", scores.softmax(-1), v[:, seen]))
+    return torch.stack(rows, dim=1)
+
+
+def apply_rotary(x, cos, sin):
+    """Turn the pair (x[j], x[j + K / 2]) of each row of x (B, T, H, K); cos, sin (T, K / 2) or (B, T, K / 2)."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    one, two = x.chunk(2, dim=-1)
+    return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)
+
+
+def prepend_context(x, context, taps):
+    """x (B, T, C) behind its ``taps - 1`` predecessors, zeros if there are none."""
+    if context is None:
+        context = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    return torch.cat((context.to(x.dtype), x), dim=1)
+
+
+def causal_convolution(x, weight, context, silu):
+    """One filter weight[:, c] over time for each channel c of x (B, T, C), then SiLU if wanted."""
+    taps, T = len(weight), x.shape[1]
+    x = prepend_context(x, context, taps)
+    y = sum(x[:, i : i + T] * weight[i] for i in range(taps))
+    return F.silu(y) if silu else y
+
+
+def rms_norm(x, weight, eps, gate=None):
+    """``x / sqrt(mean(x^2) + eps) * weight * silu(gate)``; in low precision the mean is float32's."""
+    y = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return y if gate is None else y * F.silu(gate)
+
+
+def l2_normalize(x, eps):
+    """``x / sqrt(sum(x^2) + eps)`` along the last axis: an RMS norm in other words."""
+    K = x.shape[-1]
+    return rms_norm(x, x.new_full((K,), K**-0.5), eps / K)
+
+
+def split_heads(x, H, K, eps):
+    """Queries, keys (..., H, K), both of length 1, and values (..., H, V) from x (..., H (2 K + V))."""
+    q, k, v = x.split((H * K, H * K, x.shape[-1] - 2 * H * K), dim=-1)
+    q, k = (l2_normalize(z.unflatten(-1, (H, K)), eps) for z in (q, k))
+    return q, k, v.unflatten(-1, (H, -1))
+
+
+def swiglu(x):
+    """``silu(x[..., :n]) * x[..., n:]`` for x (..., 2 n)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
