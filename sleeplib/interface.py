@@ -9,8 +9,10 @@ from .state import LMState
 class Sleepable:
     """A model that can sleep: blocks whose memory is explicit, between an embedding and a readout.
 
-    A subclass provides the members below; running passes over the blocks is provided here, once.  Nothing in
-    :func:`sleep`, :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
+    A subclass provides the attributes below and three methods, ``initial_state(batch_size)`` -> the
+    :class:`LMState` before the first token, ``embed(tokens)``: (B, T) int64 -> h (B, T, D), and ``readout(h)``
+    -> logits (B, T, vocab).  Running passes over the blocks is provided here, once.  Nothing in :func:`sleep`,
+    :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
 
     Attributes
     ----------
@@ -26,18 +28,6 @@ class Sleepable:
     -----
     Chapter: 08_sleep
     """
-
-    def initial_state(self, batch_size):
-        """Return the :class:`LMState` before the first token: empty caches, zero fast weights."""
-        raise TypeError(f"model: {type(self).__name__} has no initial_state")
-
-    def embed(self, tokens):
-        """Look up tokens (B, T), int64, to h (B, T, D)."""
-        raise TypeError(f"model: {type(self).__name__} has no embed")
-
-    def readout(self, h):
-        """Map h (B, T, D) to logits (B, T, vocab)."""
-        raise TypeError(f"model: {type(self).__name__} has no readout")
 
     @property
     def has_fast_weights(self):

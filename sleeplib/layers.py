@@ -309,7 +309,7 @@ class GatedDeltaNet(nn.Module):
         self.o = linear(H * V, d_model, zero=True)
 
     def forward(self, x, memory, sliding_window=None, write_only=False):
-        """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with the written fast weight."""
+        """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with what was written."""
         H, K, V = self.num_heads, self.key_size, self.value_size
         self._check(memory, x)
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)  # (B, T, H (2 K + 2 V + 2))

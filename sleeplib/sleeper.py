@@ -108,15 +108,14 @@ class Sleeper:
         """Bytes of every tensor that the sleeper holds on to, shared storage counted once."""
         if self._stream is None:
             return 0
-        state, boundary, read, last, _ = vars(self._stream).values()
-        ages = [x for s in (state, boundary) for x in s.key_ages or () if x is not None]
-        return storage_bytes([*state.tensors(), *boundary.tensors(), *read, last, *ages])
+        stream = self._stream
+        return storage_bytes([*stream.state.tensors(), *stream.boundary.tensors(), *stream.read, stream.last])
 
     def _key_window(self):
         return self.window if self.eviction == "sliding" else None
 
     def _wake(self, h, stream):
-        """One pass over h (B, t, D): logits and the stream, with the looped blocks' output kept for the nap."""
+        """One pass over h (B, t, D): logits, and the stream with what the nap will start from."""
         model, last = self.model, self.model.loop[1]
         memories, position = stream.state.blocks(), stream.state.position + h.shape[1]
         read, memories = model.run(h, memories, range(last + 1), self._key_window())

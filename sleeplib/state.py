@@ -72,13 +72,12 @@ class LMState:
     @property
     def rows(self):
         """The batch sizes of all tensors, as a set: one number, unless the state was put together wrongly."""
-        return {x.shape[0] for x in self.tensors()}
+        return {len(x) for x in self.tensors() if x.is_floating_point()}
 
     def tensors(self):
-        """Every tensor of the state but the ages."""
-        for i in range(self.depth):
-            memory = self.block(i)
-            yield from (x for x in (memory.S, memory.conv, *(memory.kv or ())) if x is not None)
+        """Every tensor of the state."""
+        for S, kv, conv, ages in self.blocks():
+            yield from (x for x in (S, *(kv or ()), conv, ages) if x is not None)
 
     def block(self, i):
         """The :class:`Memory` of block i."""
@@ -115,8 +114,7 @@ class LMState:
 
     def nbytes(self):
         """Bytes of all tensors, shared storage counted once."""
-        ages = [x for x in self.key_ages or () if x is not None]
-        return storage_bytes([*self.tensors(), *ages])
+        return storage_bytes(self.tensors())
 
     def evict(self, eviction="hard", window=None):
         """Drop cached tokens; the fast weights and the position stay.
@@ -140,8 +138,8 @@ class LMState:
 
         Notes
         -----
-        Sections 3 and 6.4 of the paper.  That hard eviction clears the convolution context too is our reading:
-        the context holds tokens, not fast weights.  "keys" is the other reading.
+        Sections 3 and 6.4 of the paper.  That hard eviction clears the convolution context too is our
+        reading: the context holds tokens, not fast weights.  "keys" is the other reading.
 
         Chapter: 08_sleep
         """

@@ -17,7 +17,7 @@ D = 4
 
 
 class Counter(sl.Sleepable):
-    """Not a HybridLM and not even a module: a block that averages its cache, and one that adds up what it reads.
+    """Not a HybridLM, not even a module: one block averages its cache, one adds up what it reads.
 
     The second block's fast weight is (B, 1, 1, D), the sum of all inputs so far, and decays by half with each
     token; its output is that sum.

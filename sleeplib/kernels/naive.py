@@ -35,7 +35,7 @@ def softmax_attention(q, k, v, scale, window):
 
 
 def apply_rotary(x, cos, sin):
-    """Turn the pair (x[j], x[j + K / 2]) of each row of x (B, T, H, K); cos, sin (T, K / 2) or (B, T, K / 2)."""
+    """Turn the pair (x[j], x[j + K / 2]) of each row of x (B, T, H, K); cos, sin ([B,] T, K / 2)."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     one, two = x.chunk(2, dim=-1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)

@@ -1,0 +1,96 @@
+"""How many threads work on a CPU, and how they wait for one another.
+
+PyTorch's OpenMP workers spin while they wait.  Beside any other busy process that costs a factor of 10 and
+more: a worker that spins keeps the one it waits for from running.  So on import the workers are told to sleep
+soon, and a run tries on a few sequences how many of them help.
+"""
+
+import ctypes
+import os
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def cores():
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sleep_soon():
+    """Tell the workers of GNU OpenMP to sleep after a short wait; return whether that worked.
+
+    Its spinning is set by ``OMP_WAIT_POLICY`` before PyTorch is loaded, and by nothing later, except that it
+    spins briefly while there are more threads than cores.  So one more team is made, which sleeps for good.
+    Nothing is done where OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, or SLEEPLIB_THREADS=keep.
+    """
+    said = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
+    if said or os.environ.get("SLEEPLIB_THREADS") == "keep":
+        return False
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        gomp = ctypes.CDLL(next(line.split()[-1] for line in maps if "libgomp" in line))
+        start, nothing = gomp.GOMP_parallel, ctypes.cast(gomp.omp_get_thread_num, ctypes.c_void_p)
+    except (OSError, StopIteration, AttributeError):  # another system, another OpenMP
+        return False
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    made = threading.Event()
+
+    def team():
+        start(nothing, None, (os.cpu_count() or 1) + 1, 0)
+        made.set()
+        threading.Event().wait()
+
+    threading.Thread(target=team, name="sleeplib-team", daemon=True).start()
+    return made.wait(timeout=5)
+
+
+def said():
+    """Whether the user has said how many threads PyTorch is to use; then nobody else chooses."""
+    keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
+    return keep or torch.get_num_threads() != DEFAULT
+
+
+@contextmanager
+def chosen(count, probe=None, repeats=3):
+    """Let PyTorch use `count` threads in a ``with`` block; yield how many it uses.
+
+    Parameters
+    ----------
+    count : int or None
+        None tries 1, 2, 4, ... up to the number of cores and takes the fewest that are nearly the fastest,
+        unless the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has set
+        SLEEPLIB_THREADS=keep.
+    probe : callable, optional
+        What is timed, called without arguments; without it nothing is tried.
+    repeats : int
+        How often, the counts in turn; the shortest time of each counts.
+    """
+    before = torch.get_num_threads()
+    try:
+        if count is None and probe is not None and before > 1 and not said():
+            count = _fastest(probe, before, repeats)
+        if count is not None:
+            torch.set_num_threads(count)
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fastest(probe, most, repeats):
+    counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    probe()  # compiles what there is to compile
+    best = dict.fromkeys(counts, float("inf"))
+    for _ in range(repeats):
+        for count in counts:
+            torch.set_num_threads(count)
+            began = time.perf_counter()
+            probe()
+            best[count] = min(best[count], time.perf_counter() - began)
+    return next(count for count in counts if best[count] <= 1.05 * min(best.values()))
+
+
+DEFAULT = torch.get_num_threads()  # what PyTorch chose by itself
