@@ -28,6 +28,7 @@ from .kernels import (
     softmax_attention,
     split_heads,
     swiglu,
+    use_numba,
 )
 
 SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
@@ -99,7 +100,7 @@ def rotate(x, start, base):
     Chapter: 01_attention
     """
     T, K = x.shape[1], x.shape[3]
-    tables = _angles.__wrapped__ if torch.compiler.is_compiling() else _angles  # a traced table holds no numbers
+    tables = _angles.__wrapped__ if torch.compiler.is_compiling() else _angles  # traced, it is no table
     return apply_rotary(x, *(table[start:] for table in tables(start + T, K, base, x.dtype, x.device)))
 
 
@@ -138,7 +139,7 @@ class Attention(nn.Module):
 def attend(q, k, v, window=None):
     """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys."""
     T, S = q.shape[1], k.shape[1]
-    if S <= SHORT and compiled(q, k, v):
+    if not use_numba.on or S <= SHORT and compiled(q, k, v):
         return softmax_attention(q, k, v, sliding_window=window)
     whole, mask = window is None or window >= S, None
     if T > 1 and not (whole and S == T) or not whole:

@@ -131,6 +131,9 @@ def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
             f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}: "
             "want k (B, S, H, K) and v (B, S, H, V) with S >= T and V >= 1"
         )
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype}, q is {q.dtype}: use one precision")
     window, scale = k.shape[1], finite_number("scale", scale, K**-0.5)
     if sliding_window is not None:
         window = min(window, positive_int("sliding_window", sliding_window))
