@@ -20,7 +20,7 @@ def test_every_call_is_right_or_refused_by_name(numba):
 
 
 def transposed_copy(honest, *args):
-    """Fill a copy of what lies in memory in another order, as `launch` does when it is given such a tensor."""
+    """Fill a copy of what lies in memory in another order, as `launch` does with such a tensor."""
     o, S = honest(*args)
     return o, args[5].detach() if not args[5].is_contiguous() else S
 

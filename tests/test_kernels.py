@@ -344,7 +344,7 @@ def test_softmax_attention(T, cached, window, scale, dtype):
     "names, shapes, window",
     [
         ("q must have shape", [(2, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)], None),
-        ("do not fit", [(2, 3, 2, 4), (2, 2, 2, 4), (2, 2, 2, 4)], None),
+        ("k must have a key", [(2, 3, 2, 4), (2, 2, 2, 4), (2, 2, 2, 4)], None),
         ("k must have shape", [(2, 3, 2, 4), (1, 3, 2, 4), (2, 3, 2, 4)], None),
         ("v must have shape", [(2, 3, 2, 4), (2, 3, 2, 4), (2, 4, 2, 4)], None),
         ("sliding_window must be", [(2, 3, 2, 4)] * 3, 0),
