@@ -1,7 +1,7 @@
 """Odd and wrong arguments for public functions: the right answer, or an error that names an argument.
 
-``python tests/fuzz.py --calls 2000 --seed 0`` prints a summary and every fault; ``--call 137`` repeats one.  Whoever
-adds a function adds a :class:`Target` to ``TARGETS``.
+``python tests/fuzz.py --calls 2000 --seed 0`` prints a summary and every fault, ``--call 137``
+repeats one call.  Whoever adds a function adds a :class:`Target` to ``TARGETS``.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sys
+import types
 from unittest.mock import patch
 
 import numpy as np
@@ -250,6 +252,23 @@ def test_the_path_that_was_asked_for_runs_once(monkeypatch, K, V, backend, wante
 def test_without_fla_the_error_says_what_to_install():
     with pytest.raises(ImportError, match="pip install flash-linear-attention"):
         call(sl.gated_delta_rule, draw(3), backend="fla")
+
+
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+def test_fla_gets_no_infinite_decay(monkeypatch, delta):
+    """Its chunk kernels subtract running sums of g."""
+    given = []
+    for path, name in (("gated_delta_rule", "chunk_gated_delta_rule"), ("simple_gla", "chunk_simple_gla")):
+        module = types.ModuleType(f"fla.ops.{path}")
+        setattr(module, name, lambda *args, g, **options: given.append(g))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    q = types.SimpleNamespace(device=torch.device("cuda"))
+    g, v = torch.tensor([[[-math.inf], [-3.0]]]), torch.ones(1, 2, 1, 2)
+    fla.recurrence(q, q, v, g, torch.ones(1, 2, 1), None, 1.0, delta)
+    (g,) = given
+    assert g.isfinite().all() and g.exp()[0, 0, 0] < 1e-40 and g[0, 1, 0] == -3
 
 
 # Bad input

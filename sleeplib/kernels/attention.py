@@ -119,9 +119,8 @@ def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
     check_tensor("v", v, (B, k.shape[1], H, "V"), like=q, empty=False)
     if k.shape[1] < T:
         raise ValueError(f"k must have a key for each query, {T} or more; got {k.shape[1]}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} is {x.dtype}, q is {q.dtype}: use one precision")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: use one precision")
     window, scale = k.shape[1], finite_number("scale", scale, K**-0.5)
     if sliding_window is not None:
         window = min(window, positive_int("sliding_window", sliding_window))
