@@ -9,10 +9,10 @@ from .state import LMState
 class Sleepable:
     """A model that can sleep: blocks whose memory is explicit, between an embedding and a readout.
 
-    A subclass provides the attributes below and three methods, ``initial_state(batch_size)`` -> the
-    :class:`LMState` before the first token, ``embed(tokens)``: (B, T) int64 -> h (B, T, D), and ``readout(h)``
-    -> logits (B, T, vocab).  Running passes over the blocks is provided here, once.  Nothing in :func:`sleep`,
-    :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
+    A subclass provides the attributes below and three methods: ``initial_state(batch_size)`` gives the
+    :class:`LMState` before the first token, ``embed(tokens)`` maps (B, T) int64 to h (B, T, D), and
+    ``readout(h)`` maps h to logits (B, T, vocab).  Running passes over the blocks is provided here, once.
+    Nothing in :func:`sleep`, :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
 
     Attributes
     ----------

@@ -34,6 +34,7 @@ from .kernels import (
     softmax_attention,
     split_heads,
     swiglu,
+    use_numba,
 )
 from .state import Memory
 
@@ -187,7 +188,8 @@ def attend(q, k, v, sliding_window=None, ages=None):
     """
     T, S = q.shape[1], k.shape[1]
     whole = sliding_window is None or ages is None and sliding_window >= S
-    if S <= SHORT and (whole or ages is None) and compiled(q, k, v):
+    loops = not use_numba.on or S <= SHORT and compiled(q, k, v)
+    if loops and (whole or ages is None):
         return softmax_attention(q, k, v, sliding_window=None if whole else sliding_window)
     mask = None
     if not whole or T > 1 and S > T:

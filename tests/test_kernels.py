@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sys
+import types
 from unittest.mock import patch
 
 import numpy as np
@@ -252,6 +254,23 @@ def test_without_fla_the_error_says_what_to_install():
         call(sl.gated_delta_rule, draw(3), backend="fla")
 
 
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+def test_fla_gets_no_infinite_decay(monkeypatch, delta):
+    """Its chunk kernels subtract running sums of g."""
+    given = []
+    for path, name in (("gated_delta_rule", "chunk_gated_delta_rule"), ("simple_gla", "chunk_simple_gla")):
+        module = types.ModuleType(f"fla.ops.{path}")
+        setattr(module, name, lambda *args, g, **options: given.append(g))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    q = types.SimpleNamespace(device=torch.device("cuda"))
+    g, v = torch.tensor([[[-math.inf], [-3.0]]]), torch.ones(1, 2, 1, 2)
+    fla.recurrence(q, q, v, g, torch.ones(1, 2, 1), None, 1.0, delta)
+    (g,) = given
+    assert g.isfinite().all() and g.exp()[0, 0, 0] < 1e-40 and g[0, 1, 0] == -3
+
+
 # Bad input
 
 
@@ -344,7 +363,7 @@ def test_softmax_attention(T, cached, window, scale, dtype):
     "names, shapes, window",
     [
         ("q must have shape", [(2, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)], None),
-        ("do not fit", [(2, 3, 2, 4), (2, 2, 2, 4), (2, 2, 2, 4)], None),
+        ("k must have a key", [(2, 3, 2, 4), (2, 2, 2, 4), (2, 2, 2, 4)], None),
         ("k must have shape", [(2, 3, 2, 4), (1, 3, 2, 4), (2, 3, 2, 4)], None),
         ("v must have shape", [(2, 3, 2, 4), (2, 3, 2, 4), (2, 4, 2, 4)], None),
         ("sliding_window must be", [(2, 3, 2, 4)] * 3, 0),

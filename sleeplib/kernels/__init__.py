@@ -27,23 +27,9 @@ from .jit import compiled, plain, use_numba
 from .norm import l2_normalize, rms_norm, split_heads
 from .walks import khop_walk, rule110_history, rule110_rollout
 
-__all__ = [
-    "apply_rotary",
-    "causal_convolution",
-    "compiled",
-    "gated_delta_rule",
-    "gated_hebbian_rule",
-    "khop_walk",
-    "l2_normalize",
-    "prepend_context",
-    "rms_norm",
-    "rule110_history",
-    "rule110_rollout",
-    "softmax_attention",
-    "split_heads",
-    "swiglu",
-    "use_numba",
-]
+__all__ = ["apply_rotary", "causal_convolution", "compiled", "gated_delta_rule", "gated_hebbian_rule"]
+__all__ += ["khop_walk", "l2_normalize", "prepend_context", "rms_norm", "rule110_history", "rule110_rollout"]
+__all__ += ["softmax_attention", "split_heads", "swiglu", "use_numba"]
 
 BACKENDS = ("auto", "reference", "chunked", "fla")
 SMALL_STATE = 4096  # K * V up to which the loop beats matrix products on a CPU (python -m sleeplib bench)
@@ -105,15 +91,7 @@ def gated_hebbian_rule(q, k, v, *, g, beta, initial_state=None, scale=None, back
 
     .. math:: S_t = \alpha_t S_{t-1} + \beta_t v_t k_t^\top, \qquad o_t = S_t q_t
 
-    Parameters
-    ----------
-    q, k, v, g, beta, initial_state, scale, backend, validate
-        As in :func:`gated_delta_rule`, and so are the errors.
-
-    Returns
-    -------
-    o : torch.Tensor, shape (B, T, H, V)
-    S : torch.Tensor, shape (B, H, K, V)
+    Arguments, shapes, results and errors are those of :func:`gated_delta_rule`.
 
     Notes
     -----
@@ -150,15 +128,10 @@ def _dispatch(q, k, v, g, beta, S, scale, backend, validate, delta):
 def _check(q, k, v, g, beta, S, backend):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    check_tensor("q", q, ("B", "T", "H", "K"))
-    check_tensor("v", v, ("B", "T", "H", "V"), like=q)
+    check_tensor("q", q, ("B", "T", "H", "K"), empty=False)
+    check_tensor("v", v, (*q.shape[:3], "V"), like=q, empty=False)
     (B, T, H, K), V = q.shape, v.shape[3]
-    if 0 in q.shape:
-        raise ValueError(f"q must have shape (B, T, H, K), none of them 0; got {tuple(q.shape)}")
-    if V < 1:
-        raise ValueError(f"v must have shape (B, T, H, V), V at least 1; got {tuple(v.shape)}")
-    wanted = dict(k=(k, (B, T, H, K)), v=(v, (B, T, H, V)), g=(g, (B, T, H)), beta=(beta, (B, T, H)))
-    for name, (x, shape) in wanted.items():
+    for name, x, shape in (("k", k, q.shape), ("g", g, (B, T, H)), ("beta", beta, (B, T, H))):
         check_tensor(name, x, shape, like=q)
     if S is not None:
         check_tensor("initial_state", S, (B, H, K, V), like=q)

@@ -9,7 +9,7 @@ import torch
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_tensor(name, x, shape, like=None):
+def check_tensor(name, x, shape, like=None, empty=True):
     """Raise unless x is a dense float tensor of this shape; a letter is any size, ... any number of axes."""
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
@@ -17,9 +17,12 @@ def check_tensor(name, x, shape, like=None):
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense tensor; got {'nested' if x.is_nested else x.layout}")
     known, sizes = (shape[1:], x.shape[1 - len(shape) :]) if shape[0] is ... else (shape, x.shape)
-    if len(known) != len(sizes) or any(n != m for n, m in zip(known, sizes) if type(n) is not str):
-        wanted = ", ".join("..." if n is ... else str(n) for n in shape)
-        raise ValueError(f"{name} must have shape ({wanted}); got {tuple(x.shape)}")
+    fits = len(known) == len(sizes) and all(n == m for n, m in zip(known, sizes) if type(n) is not str)
+    if not fits or not empty and 0 in sizes:
+        wanted = (
+            f"({', '.join('...' if n is ... else str(n) for n in shape)}){', none of them 0' * (not empty)}"
+        )
+        raise ValueError(f"{name} must have shape {wanted}; got {tuple(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, what it goes with on {like.device}")
 

@@ -1,12 +1,10 @@
 """Softmax attention and rotary positions as loops: what a KV cache is asked for, one query at a time."""
 
 import numpy as np
-import torch
-from torch.autograd.function import once_differentiable
 
 from . import naive
 from .arguments import check_tensor, finite_number, positive_int
-from .jit import compiled, exp, launch, numba_kernel, strided_rows
+from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 
 @numba_kernel
@@ -75,8 +73,7 @@ def _backward(first, last, q, k, v, strides, scale, window, o, log_total, do, dq
                     dk[b, s, h, i] += gain * q[b, t, h, i]
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
+class _Attention(Differentiable):
     def forward(ctx, q, k, v, scale, window):
         (B, T, H, _), V = q.shape, v.shape[3]
         q, k, o, log_total = q.contiguous(), k.contiguous(), v.new_empty(B, T, H, V), v.new_empty(B, H, T)
@@ -85,8 +82,6 @@ class _Attention(torch.autograd.Function):
         ctx.options = scale, window
         return o
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, do):
         q, k, v, o, log_total = ctx.saved_tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
@@ -102,10 +97,8 @@ def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
     ----------
     q : torch.Tensor, shape (B, T, H, K)
         Queries of the newest T positions.
-    k : torch.Tensor, shape (B, S, H, K)
-        Keys of all S >= T positions, the cached ones first.
-    v : torch.Tensor, shape (B, S, H, V)
-        Values.
+    k, v : torch.Tensor, shapes (B, S, H, K) and (B, S, H, V)
+        Keys and values of all S >= T positions, the cached ones first.
     sliding_window : int, optional
         A query sees its newest `sliding_window` keys, its own included; all if absent.
     scale : float, optional
@@ -120,17 +113,14 @@ def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
     -----
     Chapter: 01_attention
     """
-    check_tensor("q", q, ("B", "T", "H", "K"))
-    if 0 in q.shape:
-        raise ValueError(f"q must have shape (B, T, H, K), none of them 0; got {tuple(q.shape)}")
+    check_tensor("q", q, ("B", "T", "H", "K"), empty=False)
     B, T, H, K = q.shape
     check_tensor("k", k, (B, "S", H, K), like=q)
-    check_tensor("v", v, (B, k.shape[1], H, "V"), like=q)
-    if k.shape[1] < T or v.shape[3] < 1:
-        raise ValueError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}: "
-            "want k (B, S, H, K) and v (B, S, H, V) with S >= T and V >= 1"
-        )
+    check_tensor("v", v, (B, k.shape[1], H, "V"), like=q, empty=False)
+    if k.shape[1] < T:
+        raise ValueError(f"k must have a key for each query, {T} or more; got {k.shape[1]}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: use one precision")
     window, scale = k.shape[1], finite_number("scale", scale, K**-0.5)
     if sliding_window is not None:
         window = min(window, positive_int("sliding_window", sliding_window))
@@ -152,14 +142,11 @@ def _rotate(first, last, x, strides, cos, sin, y):
                 out[j + half] = row[j + half] * cos[t, j] + row[j] * sin[t, j]
 
 
-class _Rotation(torch.autograd.Function):
-    @staticmethod
+class _Rotation(Differentiable):
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin)
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
         return _turn(dy, cos, -sin), None, None
@@ -172,20 +159,10 @@ def _turn(x, cos, sin):
 
 
 def apply_rotary(x, cos, sin):
-    """Turn the pairs (x[j], x[j + K / 2]) of each row by the angle of its position.
+    """Turn the pairs (x[j], x[j + K / 2]) of the rows of x (B, T, H, K) by their positions' angles.
 
-    Parameters
-    ----------
-    x : torch.Tensor, shape (B, T, H, K)
-    cos, sin : torch.Tensor, shape (T, K / 2)
-        Of the angles of each position.
+    Of the angles cos and sin are given, each (T, K / 2).
 
-    Returns
-    -------
-    torch.Tensor, shape (B, T, H, K)
-
-    Notes
-    -----
     Chapter: 01_attention
     """
     check_tensor("x", x, ("B", "T", "H", "K"))

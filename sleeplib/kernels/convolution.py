@@ -1,12 +1,10 @@
 """Causal depthwise convolution over time in one sweep."""
 
 import numpy as np
-import torch
-from torch.autograd.function import once_differentiable
 
 from . import naive
 from .arguments import check_tensor, positive_int
-from .jit import compiled, exp, launch, numba_kernel, strided_rows
+from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient
 
@@ -74,8 +72,7 @@ def _backward(first, last, x, strides, context, weight, silu, dy, dx, dcontext, 
                         dtap[c] += dz[c] * past[c]
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
+class _Convolution(Differentiable):
     def forward(ctx, x, weight, context, silu):
         y = x.new_empty(x.shape)
         context = x.new_empty(len(x), 0, x.shape[2]) if context is None else context
@@ -84,8 +81,6 @@ class _Convolution(torch.autograd.Function):
         ctx.silu = silu
         return y
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, context = ctx.saved_tensors
         dx, dcontext = x.new_empty(x.shape), x.new_empty(context.shape)
@@ -96,24 +91,11 @@ class _Convolution(torch.autograd.Function):
 
 
 def causal_convolution(x, weight, context=None, silu=False):
-    """Filter each channel over time: ``y[t] = sum_i weight[i] * x[t - taps + 1 + i]``.
+    """Filter each channel over time: ``y[t] = sum_i weight[i] * x[t - taps + 1 + i]``, then SiLU if wanted.
 
-    Parameters
-    ----------
-    x : torch.Tensor, shape (B, T, C)
-    weight : torch.Tensor, shape (taps, C)
-        One filter a channel, oldest input first.
-    context : torch.Tensor, shape (B, taps - 1, C), optional
-        The inputs before the first; zeros if absent.
-    silu : bool
-        Whether to apply SiLU to the result.
+    x and y are (B, T, C), the weight is (taps, C), oldest input first, and context (B, taps - 1, C) holds the
+    inputs before the first; zeros if absent.
 
-    Returns
-    -------
-    torch.Tensor, shape (B, T, C)
-
-    Notes
-    -----
     Chapter: 06_hybrid
     """
     check_tensor("x", x, ("B", "T", "C"))

@@ -1,11 +1,8 @@
 """The gate of a feed-forward layer in one sweep."""
 
-import torch
-from torch.autograd.function import once_differentiable
-
 from . import naive
 from .arguments import check_tensor
-from .jit import compiled, exp, launch, numba_kernel
+from .jit import Differentiable, compiled, exp, launch, numba_kernel
 
 
 @numba_kernel
@@ -30,8 +27,7 @@ def _backward(first, last, x, dy, dx):
             dup[j] *= out[j] * gate[j]
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
+class _SwiGLU(Differentiable):
     def forward(ctx, x):
         x = x.contiguous()
         n = x.shape[-1] // 2
@@ -40,29 +36,17 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(x)
         return y
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         n = x.shape[-1] // 2
-        dx = torch.empty_like(x)
+        dx = x.new_empty(x.shape)
         launch(_backward, dy.numel() // n, x.view(-1, 2 * n), dy.reshape(-1, n), dx.view(-1, 2 * n))
         return dx
 
 
 def swiglu(x):
-    """Let the first half of each row gate the second: ``silu(x[..., :n]) * x[..., n:]``.
+    """Let the first half of each row of x (..., 2 n) gate the second: ``silu(x[..., :n]) * x[..., n:]``.
 
-    Parameters
-    ----------
-    x : torch.Tensor, shape (..., 2 n)
-
-    Returns
-    -------
-    torch.Tensor, shape (..., n)
-
-    Notes
-    -----
     Chapter: 06_hybrid
     """
     check_tensor("x", x, (..., "2 n"))

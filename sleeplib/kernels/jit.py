@@ -13,6 +13,7 @@ import torch
 from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
+from torch.autograd.function import once_differentiable
 
 # Sums may be reordered and contracted to FMAs, and a division by zero is inf and no exception: both let LLVM
 # vectorise.  NaN and inf keep their meaning.
@@ -24,17 +25,11 @@ SOURCES = sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.g
 
 
 class use_numba:
-    """Switch every Numba path on or off: for good, or until the end of a ``with`` block.
+    """Switch every Numba path on or off (a bool): for good, or until the end of a ``with`` block.
 
     Off, the plain PyTorch of ``naive.py`` runs in its place: slower, but differentiable twice.  Set
     ``SLEEPLIB_NUMBA=0`` in the environment to begin so.
 
-    Parameters
-    ----------
-    on : bool
-
-    Notes
-    -----
     Chapter: 05_chunks
     """
 
@@ -56,8 +51,8 @@ def plain(*tensors):
     """Whether these are ordinary CPU tensors, numbers in memory, that nothing traces or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    strided = torch.strided
-    return all(type(x) in PLAIN and x.is_cpu and x.layout is strided and not x.is_neg() for x in tensors)
+    dense = all(type(x) in PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
+    return dense and not any(x.is_neg() for x in tensors)
 
 
 def compiled(*tensors):
@@ -120,24 +115,25 @@ def _exp(x):
 def strided_rows(x):
     """The rows of x, along its last axis, without a copy where they lie evenly in memory.
 
-    Returns
-    -------
-    flat : torch.Tensor, one axis
-        Memory from the first row on.
-    strides : tuple of int
-        (inner, outer, step): row i begins at ``i // inner * outer + i % inner * step``.
+    Returns memory from the first row on, one axis, and the strides (inner, outer, step): row i begins at
+    ``i // inner * outer + i % inner * step``.
     """
     *leading, inner, n = x.shape
     if x.is_contiguous():
         return x.detach().view(-1), (inner, inner * n, n)
-    even = x.stride(-1) == 1 and all(
-        x.stride(d) == x.shape[d + 1] * x.stride(d + 1) for d in range(len(leading) - 1)
-    )
-    if not even:
+    pairs = zip(x.stride()[:-3], x.stride()[1:-2], x.shape[1:-2])  # of neighbours among the leading axes
+    if x.stride(-1) != 1 or any(outside != inside * size for outside, inside, size in pairs):
         x = x.contiguous()
     outer, step = x.stride(-3) if leading else 0, x.stride(-2)
     end = (x[..., 0, 0].numel() - 1) * outer + (inner - 1) * step + n
     return x.detach().as_strided((end,), (1,)), (inner, outer, step)
+
+
+class Differentiable(torch.autograd.Function):
+    """An autograd function whose gradient is a kernel too, so that it has no second one."""
+
+    def __init_subclass__(cls):
+        cls.forward, cls.backward = staticmethod(cls.forward), staticmethod(once_differentiable(cls.backward))
 
 
 @cache
@@ -162,12 +158,10 @@ def launch(kernel, count, *args):
     CPU tensors become arrays; floats take the first one's precision.  The parts must not depend on one
     another.  What a kernel fills must be contiguous: of another tensor it would fill a copy.
     """
-    arrays = [_array(x) for x in args if isinstance(x, torch.Tensor)]
-    rest = iter(arrays)
+    args = [_array(x) if isinstance(x, torch.Tensor) else x for x in args]
+    arrays = [x for x in args if isinstance(x, np.ndarray)]
     number = arrays[0].dtype.type
-    args = [
-        next(rest) if isinstance(x, torch.Tensor) else number(x) if isinstance(x, float) else x for x in args
-    ]
+    args = [number(x) if isinstance(x, float) else x for x in args]
     threads = torch.get_num_threads() if max(x.size for x in arrays) >= GRAIN else 1
     if threads == 1:
         kernel(0, count, *args)

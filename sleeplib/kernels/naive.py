@@ -1,9 +1,7 @@
 r"""The readable truth in plain PyTorch: no loop is compiled, no gradient is written by hand.
 
-Every kernel of this folder computes one of these functions faster.  They run in the kernels' place on other
-devices, in low precision, under ``torch.compile`` and ``torch.export``, and everywhere once
-``use_numba(False)`` was called; they can be differentiated any number of times.  Arguments are taken as they
-come: the public functions check them first.
+Every kernel of this folder computes one of these functions faster.  They run in its place on other devices,
+in low precision, while a model is traced, and after ``use_numba(False)``; each has derivatives of any order.
 """
 
 import torch

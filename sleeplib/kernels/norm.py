@@ -1,12 +1,10 @@
 """Norms, one sweep over each row."""
 
 import numpy as np
-import torch
-from torch.autograd.function import once_differentiable
 
 from . import naive
 from .arguments import check_tensor, finite_number, positive_int
-from .jit import compiled, exp, launch, numba_kernel, strided_rows
+from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
 
@@ -66,59 +64,40 @@ def _backward(first, last, x, strides, gate, gate_step, weight, rstd, dy, dx, dg
 
 
 def _grouped(x, gate):
-    """Arguments of both kernels: x and the gate as rows, and the shape (groups, inner) of all rows."""
+    """Arguments of both kernels: x and the gate as rows, the (groups, inner) of rows, how many tasks."""
     n, (flat, (inner, outer, step)) = x.shape[-1], strided_rows(x)
     if gate is None and outer == inner * step:  # every row is a group of its own
         inner, outer = 1, step
-    shape = x.numel() // (inner * n), inner
+    shape = groups, _ = x.numel() // (inner * n), inner
+    tasks = -(-groups // max(1, BLOCK // inner))
     if gate is None:
-        return (flat, (outer, step), x.new_empty(0), 0), shape
+        return (flat, (outer, step), x.new_empty(0), 0), shape, tasks
     gate, (_, _, gate_step) = strided_rows(gate.reshape(shape[0], -1))
-    return (flat, (outer, step), gate, gate_step), shape
+    return (flat, (outer, step), gate, gate_step), shape, tasks
 
 
-def _tasks(groups, inner):
-    return -(-groups // max(1, BLOCK // inner))
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
+class _RMSNorm(Differentiable):
     def forward(ctx, x, weight, eps, gate):
-        args, shape = _grouped(x, gate)
+        args, shape, tasks = _grouped(x, gate)
         y, rstd = x.new_empty(shape[0], shape[1] * x.shape[-1]), x.new_empty(shape)
-        launch(_forward, _tasks(*shape), *args, weight, eps, y, rstd)
+        launch(_forward, tasks, *args, weight, eps, y, rstd)
         ctx.save_for_backward(x, weight, rstd, gate)
         return y.view(x.shape)
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd, gate = ctx.saved_tensors
-        args, shape = _grouped(x, gate)
+        args, shape, tasks = _grouped(x, gate)
         dy = dy.reshape(shape[0], -1)
         dx, dgate = x.new_empty(dy.shape), x.new_empty(dy.shape if gate is not None else (0, 0))
-        dweight = x.new_empty(_tasks(*shape), len(weight) if ctx.needs_input_grad[1] else 0)
+        dweight = x.new_empty(tasks, len(weight) if ctx.needs_input_grad[1] else 0)
         launch(_backward, len(dweight), *args, weight, rstd, dy, dx, dgate, dweight)
         dweight = dweight.sum(0) if ctx.needs_input_grad[1] else None
         return dx.view(x.shape), dweight, None, None if gate is None else dgate.view(x.shape)
 
 
 def rms_norm(x, weight, eps, gate=None):
-    r"""Scale rows to root mean square 1: ``x / sqrt(mean(x^2) + eps) * weight``, times ``silu(gate)``.
+    """Rows of x (..., n) at root mean square 1, times weight (n,) and silu of gate (..., n), if there is one.
 
-    Parameters
-    ----------
-    x : torch.Tensor, shape (..., n)
-    weight : torch.Tensor, shape (n,)
-    eps : float
-    gate : torch.Tensor, shape (..., n), optional
-
-    Returns
-    -------
-    torch.Tensor, shape (..., n)
-
-    Notes
-    -----
     Chapter: 06_hybrid
     """
     check_tensor("x", x, (..., "n"))
@@ -172,8 +151,7 @@ def _split_backward(first, last, q, k, rstd, dq, dk, dv, dx):
         dx[a, 2 * H * K :] = dv[a]
 
 
-class _SplitHeads(torch.autograd.Function):
-    @staticmethod
+class _SplitHeads(Differentiable):
     def forward(ctx, x, H, K, eps):
         *leading, C = x.shape
         V = C // H - 2 * K
@@ -184,12 +162,9 @@ class _SplitHeads(torch.autograd.Function):
         ctx.save_for_backward(q, k, rstd)
         return q, k, v
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, dq, dk, dv):
         q, k, rstd = ctx.saved_tensors
-        count, flat = len(rstd), (len(rstd), *q.shape[-2:])
-        leading = q.shape[:-2]
+        count, leading, flat = len(rstd), q.shape[:-2], (len(rstd), *q.shape[-2:])
         q, k, dq, dk = (x.reshape(flat) for x in (q, k, dq, dk))
         dv = dv.reshape(count, -1)
         dx = q.new_empty(count, 2 * q[0].numel() + dv.shape[1])
@@ -198,22 +173,8 @@ class _SplitHeads(torch.autograd.Function):
 
 
 def split_heads(x, H, K, eps=1e-6):
-    """Split x into queries, keys and values, and scale queries and keys to length 1.
+    """Cut x (..., H (2 K + V)) into queries and keys (..., H, K), of length 1, and values (..., H, V).
 
-    Parameters
-    ----------
-    x : torch.Tensor, shape (..., H (2 K + V))
-        All queries, all keys, all values, head by head.
-    H, K : int
-    eps : float
-
-    Returns
-    -------
-    q, k : torch.Tensor, shape (..., H, K)
-    v : torch.Tensor, shape (..., H, V)
-
-    Notes
-    -----
     Chapter: 06_hybrid
     """
     check_tensor("x", x, (..., "H (2 K + V)"))

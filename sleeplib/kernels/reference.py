@@ -1,24 +1,15 @@
-r"""Gated linear recurrences as loops, compiled by Numba; the plain form is in ``naive.py``.
+r"""Gated linear recurrences as Numba loops: the four lines of ``naive.recurrence``, forward and backward.
 
-One step of the gated delta rule on the fast weight S, shape (K, V), for one head::
-
-    S <- exp(g) S                   decay
-    u  = beta (v - S^T k)           read, then form the error   (Hebbian rule: u = beta v)
-    S <- S + k u^T                  write
-    o  = scale S^T q                output
-
-The backward pass is the same four lines, derived by hand and walked in reverse.  Every quantity is a loop
-over plain arrays, compiled by Numba; heads and sequences are independent, so they run in parallel.  A head's
-state stays in the core's own cache for the whole window, which is why the loop is also the fastest CPU
-path for the small models of this book.
+The backward pass is the same four lines, derived by hand and walked in reverse.  Heads and sequences are
+independent, so they run in parallel.  A head's state stays in the core's own cache for the whole window, so
+the loop is also the fastest CPU path for the small models of this book.
 """
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import naive
-from .jit import compiled, launch, numba_kernel
+from .jit import Differentiable, compiled, launch, numba_kernel
 
 SEGMENT = 16  # the forward pass keeps the state every SEGMENT steps; the backward pass recomputes between
 
@@ -124,8 +115,7 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS,
                 dg[b, t, h] = alpha * sum_g
 
 
-class _Recurrence(torch.autograd.Function):
-    @staticmethod
+class _Recurrence(Differentiable):
     def forward(ctx, q, k, v, g, beta, S, scale, delta):
         (B, T, H, K), V = q.shape, v.shape[3]
         kept = any(ctx.needs_input_grad)
@@ -137,8 +127,6 @@ class _Recurrence(torch.autograd.Function):
         ctx.scale, ctx.delta = scale, delta
         return o, final
 
-    @staticmethod
-    @once_differentiable
     def backward(ctx, do, dS):
         q, k, v, g, beta, S, u, starts = ctx.saved_tensors
         dS = dS.contiguous().clone()
