@@ -12,7 +12,15 @@ from .state import LMState, check_eviction
 IGNORE = -100  # the label of a position where nothing is asked
 MEMBERS = ("initial_state", "embed", "blocks", "readout", "has_fast_weights", "vocab_size")
 
-evict = LMState.evict
+
+def evict(state, eviction="hard", window=None):
+    """Drop cached tokens from a state; arguments, result and errors are those of :meth:`LMState.evict`.
+
+    Chapter: 08_sleep
+    """
+    if not isinstance(state, LMState):
+        raise TypeError(f"state must be an LMState; got {type(state).__name__}")
+    return state.evict(eviction, window)
 
 
 def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
@@ -228,7 +236,7 @@ def check_model(model):
 
 def check_passes(passes):
     """Return N as an int; raise an error if it is none, or below 1."""
-    return integer("passes", passes, 1, hint=" (to wake unslept, reset the state)")
+    return integer("passes", passes, 1, 100_000, hint=" (to wake unslept, reset the state)")
 
 
 def _check_labels(inputs, labels, vocab_size):
@@ -249,6 +257,8 @@ def _check_labels(inputs, labels, vocab_size):
 
 def _check_awake(awake, labels, window):
     """What the caller knows already, unless the labels, where they can be read at once, say otherwise."""
+    if not isinstance(awake, (tuple, list)):
+        raise TypeError(f"awake must be a sequence of bool; got {awake!r}")
     awake = tuple(awake)
     chunks = -(-labels.shape[1] // window)
     if len(awake) != chunks:

@@ -183,6 +183,11 @@ class HybridLM(Sleepable, nn.Module):
         return self.config.d_model
 
     @property
+    def dtype(self):
+        """Precision of the weights, and of h."""
+        return self.head.weight.dtype
+
+    @property
     def loop(self):
         """First and last looped block."""
         return self.config.loop or (0, len(self.layers) - 1)
@@ -213,6 +218,7 @@ class HybridLM(Sleepable, nn.Module):
 
     def readout(self, h):
         """Map h (B, T, D) to logits (B, T, vocab)."""
+        self.check_h(h)
         return self.head(self.norm(h))
 
     def forward(self, tokens, state, window=None):

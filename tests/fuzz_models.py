@@ -253,7 +253,7 @@ def one_call(name, seed, number):
             truth = flat(call(**x))
         for a, b in zip(ours, truth, strict=True):
             assert a.shape == b.shape, f"shape {tuple(a.shape)}, truth {tuple(b.shape)}"
-            if a.numel() and a.is_floating_point():
+            if a.numel() and a.is_floating_point() and not (a.is_meta or a.is_sparse):
                 a, b = a.double(), b.double()
                 assert torch.equal(a.isnan(), b.isnan()), "NaN in other places"
                 error = (a - b).nan_to_num().abs().max()
