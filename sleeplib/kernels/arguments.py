@@ -20,10 +20,8 @@ def check_tensor(name, x, shape, like=None, empty=True):
         known, sizes = (shape[1:], x.shape[1 - len(shape) :]) if shape[0] is ... else (shape, x.shape)
         odd = [n for n, m in zip(known, sizes) if n != m and type(n) is not str]
         if odd or len(known) != len(sizes) or not empty and 0 in sizes:
-            wanted, rest = (
-                ", ".join("..." if n is ... else str(n) for n in shape),
-                ", none of them 0" * (not empty),
-            )
+            wanted = ", ".join("..." if n is ... else str(n) for n in shape)
+            rest = ", none of them 0" * (not empty)
             raise ValueError(f"{name} must have shape ({wanted}){rest}; got {tuple(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, what it goes with on {like.device}")

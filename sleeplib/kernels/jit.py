@@ -51,12 +51,9 @@ def plain(*tensors):
     """Whether these are ordinary CPU tensors, numbers in memory, that nothing traces or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    for x in tensors:
-        if x is not None and (
-            type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_neg()
-        ):
-            return False
-    return True
+    tensors = [x for x in tensors if x is not None]
+    dense = all([type(x) in PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors])
+    return dense and not any([x.is_neg() for x in tensors])
 
 
 def compiled(*tensors):
