@@ -60,8 +60,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     backend : {"auto", "reference", "chunked", "fla"}
         Which implementation runs; all are differentiable in every tensor.
     validate : bool, optional
-        Check the values of `g` too.  Defaults to True on the CPU, and to False elsewhere,
-        where it costs a sync, and under torch.compile and torch.export.
+        Check the values of `g` too.  Defaults to True on the CPU, unless traced; elsewhere it costs a sync.
 
     Returns
     -------

@@ -16,19 +16,21 @@ def check_tensor(name, x, shape, like=None, empty=True):
         raise TypeError(f"{name} must be a floating-point tensor; got {kind}")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense tensor; got {'nested' if x.is_nested else x.layout}")
-    known, sizes = (shape[1:], x.shape[1 - len(shape) :]) if shape[0] is ... else (shape, x.shape)
-    fits = len(known) == len(sizes) and all(n == m for n, m in zip(known, sizes) if type(n) is not str)
-    if not fits or not empty and 0 in sizes:
-        wanted = (
-            f"({', '.join('...' if n is ... else str(n) for n in shape)}){', none of them 0' * (not empty)}"
-        )
-        raise ValueError(f"{name} must have shape {wanted}; got {tuple(x.shape)}")
+    if x.shape != shape or not empty:  # most shapes are given in full, and this is on every kernel's way
+        known, sizes = (shape[1:], x.shape[1 - len(shape) :]) if shape[0] is ... else (shape, x.shape)
+        odd = [n for n, m in zip(known, sizes) if n != m and type(n) is not str]
+        if odd or len(known) != len(sizes) or not empty and 0 in sizes:
+            wanted = ", ".join("..." if n is ... else str(n) for n in shape)
+            rest = ", none of them 0" * (not empty)
+            raise ValueError(f"{name} must have shape ({wanted}){rest}; got {tuple(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, what it goes with on {like.device}")
 
 
 def finite_number(name, x, default=None, least=-math.inf):
     """x as a float, from a Python number, a NumPy number or a 0-dimensional array; `default` for None."""
+    if type(x) is float and least <= x and abs(x) < 1e308:
+        return x
     if x is None and default is not None:
         return default
     value = x
@@ -43,6 +45,6 @@ def finite_number(name, x, default=None, least=-math.inf):
 
 def positive_int(name, x):
     """x as an int, Python's or NumPy's, of at least 1."""
-    if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
+    if type(x) is not int and (not isinstance(x, Integral) or isinstance(x, bool)) or x < 1:
         raise ValueError(f"{name} must be an int of at least 1; got {x!r}")
     return int(x)

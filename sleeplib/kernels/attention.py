@@ -124,9 +124,8 @@ def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
     window, scale = k.shape[1], finite_number("scale", scale, K**-0.5)
     if sliding_window is not None:
         window = min(window, positive_int("sliding_window", sliding_window))
-    if compiled(q, k, v):
-        return _Attention.apply(q, k, v, scale, window)
-    return naive.softmax_attention(q, k, v, scale, window)
+    run = _Attention.apply if compiled(q, k, v) else naive.softmax_attention
+    return run(q, k, v, scale, window)
 
 
 @numba_kernel

@@ -9,7 +9,6 @@ writes before it in the chunk, which is a unit lower triangular system; solved o
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
 
 For the Hebbian rule A = 0 and the read of S drops out.
-
 In a product 0 times NaN is NaN, so a NaN would reach the tokens of its chunk before it.  On the CPU the loop
 takes over where the last state is not finite; a GPU would have to wait for that answer.
 """

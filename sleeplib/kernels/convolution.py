@@ -104,9 +104,8 @@ def causal_convolution(x, weight, context=None, silu=False):
         raise ValueError(f"weight must have at least one tap; got {tuple(weight.shape)}")
     if context is not None:
         check_tensor("context", context, (len(x), len(weight) - 1, x.shape[2]), like=x)
-    if compiled(x, weight, context):
-        return _Convolution.apply(x, weight, context, bool(silu))
-    return naive.causal_convolution(x, weight, context, silu)
+    run = _Convolution.apply if compiled(x, weight, context) else naive.causal_convolution
+    return run(x, weight, context, bool(silu))
 
 
 def prepend_context(x, context, taps):

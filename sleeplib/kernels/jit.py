@@ -51,8 +51,9 @@ def plain(*tensors):
     """Whether these are ordinary CPU tensors, numbers in memory, that nothing traces or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    dense = all(type(x) in PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
-    return dense and not any(x.is_neg() for x in tensors)
+    tensors = [x for x in tensors if x is not None]
+    dense = all([type(x) in PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors])
+    return dense and not any([x.is_neg() for x in tensors])
 
 
 def compiled(*tensors):
@@ -60,8 +61,7 @@ def compiled(*tensors):
     dtype = tensors[0].dtype
     if not use_numba.on or dtype not in (torch.float32, torch.float64):
         return False
-    tensors = [x for x in tensors if x is not None]
-    return plain(*tensors) and all(x.dtype == dtype and x.numel() > 0 for x in tensors)
+    return plain(*tensors) and all([x is None or x.dtype == dtype and x.numel() > 0 for x in tensors])
 
 
 class _Cache(FunctionCache):
@@ -159,10 +159,9 @@ def launch(kernel, count, *args):
     another.  What a kernel fills must be contiguous: of another tensor it would fill a copy.
     """
     args = [_array(x) if isinstance(x, torch.Tensor) else x for x in args]
-    arrays = [x for x in args if isinstance(x, np.ndarray)]
-    number = arrays[0].dtype.type
-    args = [number(x) if isinstance(x, float) else x for x in args]
-    threads = torch.get_num_threads() if max(x.size for x in arrays) >= GRAIN else 1
+    size, number = max([x.size for x in args if type(x) is np.ndarray]), args[0].dtype.type
+    args = [number(x) if type(x) is float else x for x in args]
+    threads = torch.get_num_threads() if size >= GRAIN else 1
     if threads == 1:
         kernel(0, count, *args)
         return

@@ -104,10 +104,8 @@ def rms_norm(x, weight, eps, gate=None):
     check_tensor("weight", weight, x.shape[-1:], like=x)
     if gate is not None:
         check_tensor("gate", gate, x.shape, like=x)
-    eps = finite_number("eps", eps, least=0)
-    if x.ndim > 1 and compiled(x, weight, gate):
-        return _RMSNorm.apply(x, weight, eps, gate)
-    return naive.rms_norm(x, weight, eps, gate)
+    run = _RMSNorm.apply if x.ndim > 1 and compiled(x, weight, gate) else naive.rms_norm
+    return run(x, weight, finite_number("eps", eps, least=0), gate)
 
 
 def l2_normalize(x, eps=1e-6):
@@ -158,7 +156,9 @@ class _SplitHeads(Differentiable):
         q, k, v = (x.new_empty(*leading, H, size) for size in (K, K, V))
         rstd = x.new_empty(q[..., 0, 0].numel(), 2 * H)
         flat = (len(rstd), H, K)
-        launch(_split, len(rstd), x.view(-1, C), eps, q.view(flat), k.view(flat), v.view(len(rstd), -1), rstd)
+        launch(
+            _split, len(rstd), x.reshape(-1, C), eps, q.view(flat), k.view(flat), v.view(len(rstd), -1), rstd
+        )
         ctx.save_for_backward(q, k, rstd)
         return q, k, v
 
@@ -181,6 +181,5 @@ def split_heads(x, H, K, eps=1e-6):
     H, K, eps = positive_int("H", H), positive_int("K", K), finite_number("eps", eps, least=0)
     if x.shape[-1] % H or x.shape[-1] <= 2 * H * K:
         raise ValueError(f"x must have shape (..., H (2 K + V)), H = {H}, K = {K}; got {tuple(x.shape)}")
-    if compiled(x):
-        return _SplitHeads.apply(x.contiguous(), H, K, eps)
-    return naive.split_heads(x, H, K, eps)
+    run = _SplitHeads.apply if compiled(x) else naive.split_heads
+    return run(x, H, K, eps)
