@@ -96,7 +96,7 @@ def test_the_walk_sees_imports():
         ("sleep", "sleeplib.model"),
         ("__init__", "sleeplib.tasks"),
     } <= found
-    assert ("tasks.rule110", "sleeplib.kernels.walks") in found and (
+    assert ("tasks.rule110", "sleeplib.tasks.rollouts") in found and (
         "kernels.fla",
         "fla.ops.simple_gla",
     ) in found

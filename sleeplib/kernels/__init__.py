@@ -19,17 +19,13 @@ from .attention import rotate_pairs, softmax_attention
 from .convolution import causal_convolution, with_context
 from .gate import swiglu
 from .norm import rms_norm, unit, unit_heads
-from .walks import khop_walk, rule110_history, rule110_rollout
 
 __all__ = [
     "causal_convolution",
     "gated_delta_rule",
     "gated_hebbian_rule",
-    "khop_walk",
     "rms_norm",
     "rotate_pairs",
-    "rule110_history",
-    "rule110_rollout",
     "softmax_attention",
     "swiglu",
     "unit",
