@@ -94,8 +94,8 @@ class ContextTask:
     def score(self, logits, batch):
         """Score logits (B, T, vocab), or only those of labels (labels, vocab), on a batch.
 
-        ``loss``, ``token`` and ``exact`` (all labels right).  With groups also ``exact/<group>``, which counts
-        whole answers, and ``loss/<group>``, which counts tokens.
+        ``loss``, ``token`` and ``exact`` (all labels right).  With groups also ``exact/<group>``, over whole
+        answers, and ``loss/<group>``, over tokens.
         """
         return score(logits, batch)
 
@@ -111,8 +111,8 @@ class ContextTask:
         windows = self.context // self.window
         if not windows * self.window <= check_int("position", position, 0) < self.length:
             raise ValueError(
-                f"position: {position} tokens were read; the question comes after {self.context}, so sleep on "
-                f"{windows} windows of {self.window} first"
+                f"position: {position} tokens were read; the question comes after {self.context}, so sleep "
+                f"on {windows} windows of {self.window} first"
             )
 
     def _check_inputs(self, inputs):

@@ -11,7 +11,7 @@ from .base import IGNORE, Batch, ContextTask, check_batch_request, check_int, ch
 
 HELD_OUT = 8  # one cycle in HELD_OUT belongs to the test split
 TRIES = 100  # rounds of draws without a cycle of the wanted split before it is found empty
-SCARCE = 0.01  # least chance of hitting a name that is left over when the last node draws
+SCARCE = 0.02  # least chance of hitting a name that is left over when the last node draws
 SAMPLE, BUDGET = 4096, 2**19  # cycles that chance is estimated from, and nodes that it may draw
 
 
@@ -181,10 +181,10 @@ class Depo(ContextTask):
         return Batch(*(torch.from_numpy(x) for x in (inputs, labels, groups)))
 
     def _cycles(self, count, rng, split):
-        """Draw cycles of one split: sizes (B,), names (B, nodes, tokens) and their lengths (B, nodes)."""
+        """Draw cycles of one split, or of both: sizes (B,), names (B, nodes, tokens) and their lengths (B, nodes)."""
         found, missing, vain = [], count, 0
         while missing > 0:
-            share = 1 / HELD_OUT if split == "test" else 1 - 1 / HELD_OUT
+            share = {"test": 1 / HELD_OUT, "train": 1 - 1 / HELD_OUT}.get(split, 1)
             n = int(missing / share * 1.1) + 8
             sizes = np.full(n, self.nodes)
             if split == "train":
@@ -192,14 +192,13 @@ class Depo(ContextTask):
                 weight = 1 / (choice + math.sqrt(self.nodes))
                 sizes = rng.choice(choice, n, p=weight / weight.sum())
             ids, lengths = self._names(n, rng)
-            mine = _in_split(ids, sizes, split)
+            mine = _in_split(ids, sizes, split) if split else np.ones(n, dtype=bool)
             found.append([x[mine][:missing] for x in (sizes, ids, lengths)])
             missing -= found[-1][0].size
             vain = 0 if mine.any() else vain + 1
             if vain == TRIES:
-                raise ValueError(
-                    f"letters: {self.letters} give {self.nodes} nodes so few cycles that split={split!r} is empty"
-                )
+                few = f"{self.letters} give {self.nodes} nodes so few cycles"
+                raise ValueError(f"letters: {few} that split={split!r} is empty")
         sizes, ids, lengths = (np.concatenate(x) for x in zip(*found))
         digits = (ids[..., None] // self.letters ** np.arange(self.word[1])) % self.letters
         last = np.arange(self.word[1]) == lengths[..., None] - 1
@@ -264,7 +263,8 @@ class Depo(ContextTask):
                 if text[0] == "N":
                     names, name = [*names, name], ()
         successor = dict(zip(names[::2], names[1::2], strict=True))
-        texts.index("<answer>")  # a ValueError where nothing is asked
+        if not names or "<answer>" not in texts:
+            raise ValueError("nothing is told or asked")
         hops, start = 0, ()
         for position, text in enumerate(texts[self.context :], self.context):
             if text == "<answer>":
@@ -315,7 +315,8 @@ def _in_split(ids, sizes, split):
 @lru_cache
 def _chance(task):
     rng, count = np.random.default_rng(12), min(SAMPLE, BUDGET // task.nodes)
-    _, words, lengths = task._cycles(count, rng, "test")
+    # The split says nothing about the names, and drawing large rings of one split takes eight times as long.
+    _, words, lengths = task._cycles(count, rng, "test" if count == SAMPLE else None)
     n, rows = task.nodes, np.arange(count)
     size = float(lengths.mean())  # labels an answer
     other = words[rows, rng.integers(1, n, count)]  # node 0 stands for the goal, guess another or itself

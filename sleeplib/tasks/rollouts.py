@@ -10,7 +10,7 @@ RULE_110 = np.array([0, 1, 1, 1, 0, 1, 1, 0], dtype=np.uint8)
 
 
 def _integers(name, values, below, dtype):
-    """Return `values` as a contiguous array (n,) of `dtype`, or raise unless they are integers 0 .. below - 1."""
+    """Return integers 0 .. below - 1 as a contiguous array (n,) of `dtype`, or raise, naming the argument."""
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "biu":
         raise ValueError(f"{name} must be one row of integers; got {array.dtype} of shape {array.shape}")
