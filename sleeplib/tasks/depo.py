@@ -10,7 +10,7 @@ import torch
 from .base import IGNORE, Batch, ContextTask, check_batch_request, check_int, check_pair
 
 HELD_OUT = 8  # one cycle in HELD_OUT belongs to the test split
-TRIES = 100  # rounds of draws without a cycle of the wanted split before it is found empty
+TRIES = 2000  # cycles drawn one after another, none in the wanted split, before it is found empty
 SCARCE = 0.02  # least chance of hitting a name that is left over when the last node draws
 SAMPLE, BUDGET = 4096, 2**19  # cycles that chance is estimated from, and nodes that it may draw
 
@@ -181,7 +181,7 @@ class Depo(ContextTask):
         return Batch(*(torch.from_numpy(x) for x in (inputs, labels, groups)))
 
     def _cycles(self, count, rng, split):
-        """Draw cycles of one split, or of both: sizes (B,), names (B, nodes, tokens) and their lengths (B, nodes)."""
+        """Draw cycles of one split or both: sizes (B,), names (B, nodes, tokens), their lengths (B, nodes)."""
         found, missing, vain = [], count, 0
         while missing > 0:
             share = {"test": 1 / HELD_OUT, "train": 1 - 1 / HELD_OUT}.get(split, 1)
@@ -195,8 +195,8 @@ class Depo(ContextTask):
             mine = _in_split(ids, sizes, split) if split else np.ones(n, dtype=bool)
             found.append([x[mine][:missing] for x in (sizes, ids, lengths)])
             missing -= found[-1][0].size
-            vain = 0 if mine.any() else vain + 1
-            if vain == TRIES:
+            vain = 0 if mine.any() else vain + n
+            if vain > TRIES:
                 few = f"{self.letters} give {self.nodes} nodes so few cycles"
                 raise ValueError(f"letters: {few} that split={split!r} is empty")
         sizes, ids, lengths = (np.concatenate(x) for x in zip(*found))
