@@ -2,8 +2,9 @@
 
 Fake tensors have a shape, a dtype and a device and no numbers, so a step of every preset at its real size can
 be followed where there is no GPU: the forward pass and the optimizers on device "cuda", and, as autograd asks
-for a driver, forward and backward on device "meta", which takes the same branches.  What shows: operands on two
-devices, shapes that do not fit, and whatever makes the processor wait.  What does not: numbers, speed, memory.
+for a driver, forward and backward on device "meta", which takes the same branches.  What shows: operands on
+two devices, shapes that do not fit, and whatever makes the processor wait.  What does not: any number, speed,
+memory.
 """
 
 import ctypes
@@ -56,7 +57,7 @@ class NoSync(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def a_guard_for_cuda():
-    """Lend "cuda" the CPU's device guard, which does nothing: a build without CUDA has none for slices to ask.
+    """Lend "cuda" the CPU's device guard, which does nothing: slices ask for one, and this build has none.
 
     Rotary tables are kept from call to call; fake ones must not reach other tests.
     """

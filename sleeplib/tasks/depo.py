@@ -181,7 +181,7 @@ class Depo(ContextTask):
         return Batch(*(torch.from_numpy(x) for x in (inputs, labels, groups)))
 
     def _cycles(self, count, rng, split):
-        """Draw cycles of one split or both: sizes (B,), names (B, nodes, tokens), their lengths (B, nodes)."""
+        """Draw cycles of one split or both: sizes (B,), names (B, nodes, tokens), lengths (B, nodes)."""
         found, missing, vain = [], count, 0
         while missing > 0:
             share = {"test": 1 / HELD_OUT, "train": 1 - 1 / HELD_OUT}.get(split, 1)
