@@ -84,7 +84,12 @@ class Task(Protocol):
 
 
 class ContextTask:
-    """What the tasks of the book share: `context` tokens are read, then something is asked."""
+    """What the tasks of the book share: `context` tokens are read, then something is asked.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
 
     @property
     def vocab_size(self):
