@@ -11,7 +11,7 @@ import torch
 from ..base import IGNORE, Batch, ContextTask, check_batch_request, check_int, check_pair, score
 from .chance import LEVELS, MODES, estimate_chance, target_words
 from .language import THEMES, WORDS, vocabulary
-from .problem import draw_problem, draw_until
+from .problem import check_possible, draw_problem, draw_until
 from .solver import solve_text
 from .tokens import padding, reader
 
@@ -125,7 +125,7 @@ class GSMInfinite(ContextTask):
                 f"window={self.window} cuts the solution: tokens {first} .. {self.length - 1} of a sequence "
                 "must lie in one window"
             )
-        _check_possible(self)
+        check_possible(self)
 
     @property
     def modes(self):
@@ -344,12 +344,3 @@ class GSMInfinite(ContextTask):
 @lru_cache
 def _index(vocab):
     return {word: i for i, word in enumerate(vocab)}
-
-
-@lru_cache
-def _check_possible(task):
-    """Draw one problem of each mode, level and op count; raise ValueError if one cannot be had."""
-    draw = random.Random(0)
-    for level, mode, ops in product(task.levels, task.modes, range(task.ops[0], task.ops[1] + 1)):
-        cell = dict(mode=mode, ops=ops, level=level, theme=task.themes[0])
-        draw_until(draw_problem, draw, task, None, tries=1000, **cell)
