@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import sleeplib as sl
 from sleeplib.algorithm import awake_chunks
-from sleeplib.kernels import khop_walk
+from sleeplib.tasks import khop_walk
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "samples" / "depo.json"
 QUICK = sl.experiments.get("depo-quick").task
@@ -214,6 +215,37 @@ def test_chance_is_a_guess_among_the_nodes():
         assert chance["loss"] == pytest.approx(math.log(task.nodes - 1) / labels, rel=0.02)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(n=st.integers(1, 30), hops=st.integers(0, 50), seed=st.integers(0, 99))
+def test_khop_walk_is_a_power_of_the_permutation(n, hops, seed):
+    rng = np.random.default_rng(seed)
+    successor = rng.permutation(n)
+    start = rng.integers(0, n, 5)
+    matrix = np.zeros((n, n), dtype=np.int64)
+    matrix[np.arange(n), successor] = 1
+    ends = np.linalg.matrix_power(matrix, hops)[start].argmax(axis=1)
+    assert np.array_equal(khop_walk(successor, start, np.full(5, hops)), ends)
+
+
+@pytest.mark.parametrize(
+    "names, walk",
+    [
+        ("start must lie in 0 .. 2; got 0 .. 3", ([1, 2, 0], [0, 3], [1, 1])),
+        ("start must lie in 0 .. 2; got -1", ([1, 2, 0], [-1], [1])),
+        ("successor must lie in 0 .. 2; got 0 .. 7", ([7, 2, 0], [0], [1])),
+        ("hops must lie in", ([1, 2, 0], [0], [-1])),
+        (r"hops must have the shape of start, \(2,\); got \(1,\)", ([1, 2, 0], [0, 1], [1])),
+        ("start must be one row of integers; got float64", ([1, 2, 0], [0.0], [1])),
+        ("successor must be one row of integers", ([[1, 2, 0]], [0], [1])),
+        ("hops must be one row of integers", ([1, 2, 0], [0], 1)),
+        ("start must lie in 0 .. -1", (np.zeros(0, np.int64), [0], [1])),
+    ],
+)
+def test_khop_walk_minds_its_arguments(names, walk):
+    with pytest.raises(ValueError, match=names):
+        khop_walk(*walk)
+
+
 @pytest.mark.parametrize(
     "error, names, changes",
     [
@@ -223,6 +255,8 @@ def test_chance_is_a_guess_among_the_nodes():
         (ValueError, "queries must lie", dict(queries=0)),
         (ValueError, "queries must be at most fewest = 5, .* got 6", dict(queries=6)),
         (ValueError, "letters: 4 give 4 names for 5 nodes", dict(letters=4)),
+        (ValueError, "letters: 200 give 200 names for 200 nodes", dict(letters=200, nodes=200)),
+        (ValueError, "letters: 9 give 90 names for 90 nodes", dict(letters=9, nodes=90, word=(1, 2))),
         (ValueError, r"word must be \(fewest, most\).* got \(2, 1\)", dict(word=(2, 1))),
         (ValueError, "windows must divide 10", dict(windows=3)),
         (ValueError, "windows: 5 leave 2 tokens each; a query has up to 4", dict(windows=5)),
@@ -241,6 +275,46 @@ def test_a_bad_request_is_refused():
         QUICK.batch(1, np.random.default_rng(0), split="val")
     with pytest.raises(ValueError, match="inputs must have shape"):
         QUICK.solve(torch.zeros(1, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="inputs must hold tokens 0 .. 21"):
+        QUICK.solve(torch.full((1, QUICK.length), 22))
+    with pytest.raises(TypeError, match="inputs must be an int64 tensor; got torch.float32"):
+        QUICK.solve(torch.zeros(1, QUICK.length))
+    inputs = draw(QUICK, 2).inputs
+    for token in range(QUICK.vocab_size):
+        with pytest.raises(ValueError, match="inputs: row 1 does not read"):
+            QUICK.solve(torch.stack((inputs[0], torch.full_like(inputs[0], token))))
+
+
+def test_numpy_integers_are_ints():
+    settings = {k: np.array(v) if k == "word" else np.int64(v) for k, v in vars(QUICK).items()}
+    task = sl.tasks.Depo(**settings | dict(word=tuple(settings["word"])))
+    assert task == QUICK and all(type(x) is int for x in (*task.word, task.nodes, task.hops, task.fewest))
+    assert torch.equal(draw(task, 3).inputs, draw(QUICK, 3).inputs)
+
+
+def test_a_split_without_cycles_is_refused():
+    """Three names on a ring make two cycles, none of which is held out."""
+    task = sl.tasks.Depo(nodes=3, hops=2, letters=3, word=(1, 1), queries=1, windows=1)
+    draw(task)
+    with pytest.raises(ValueError, match="letters: 3 give 3 nodes so few cycles that split='test' is empty"):
+        draw(task, split="test")
+    with pytest.raises(ValueError, match="letters: 3"):
+        task.chance()
+
+
+def test_chance_of_a_large_ring_takes_seconds():
+    began = time.process_time()
+    for letters, word in ((50, (1, 2)), (1000, (1, 1))):
+        chance = sl.tasks.Depo(nodes=970, letters=letters, word=word, fewest=970, windows=1).chance()
+        assert chance["exact/1"] == pytest.approx(1 / 969) and time.process_time() - began < 30
+
+
+def test_a_question_to_a_stream_read_in_part_is_refused():
+    QUICK.check_asked(QUICK.context)
+    QUICK.check_asked(QUICK.context + 2)  # a later question
+    for position in (0, QUICK.window, QUICK.length):
+        with pytest.raises(ValueError, match=f"position: {position} tokens were read"):
+            QUICK.check_asked(position)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_the_walk_sees_imports():
         ("algorithm", "sleeplib.state"),
         ("__init__", "sleeplib.tasks"),
     } <= found
-    assert ("tasks.rule110", "sleeplib.kernels.walks") in found and (
+    assert ("tasks.rule110", "sleeplib.tasks.rollouts") in found and (
         "kernels.fla",
         "fla.ops.simple_gla",
     ) in found

@@ -531,43 +531,6 @@ def test_a_fault_in_a_thread_is_not_swallowed(many_threads):
         jit.launch(fault, 12, torch.zeros(5))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(width=st.integers(1, 63), steps=st.integers(0, 40), seed=st.integers(0, 99))
-def test_the_packed_rollout_is_the_rule_table(width, steps, seed):
-    cells = np.random.default_rng(seed).integers(0, 2, width)
-    packed = np.array([sum(int(c) << i for i, c in enumerate(cells))], dtype=np.uint64)
-    history = kernels.rule110_history(cells, steps)
-    assert history.shape == (steps + 1, width) and np.array_equal(history[0], cells)
-    rolled = kernels.rule110_rollout(packed, width, steps)[0]
-    assert [int(rolled) >> i & 1 for i in range(width)] == history[-1].tolist()
-
-
-def test_rule_110_spells_110():
-    for number in range(8):
-        cells = [number >> 2 & 1, number >> 1 & 1, number & 1, 0, 0]
-        assert kernels.rule110_history(cells, 1)[1, 1] == 110 >> number & 1
-
-
-@pytest.mark.parametrize(
-    "cells, steps, names", [([0, 2], 1, "cells"), ([], 1, "cells"), ([0, 1], -1, "steps")]
-)
-def test_rule110_history_minds_its_arguments(cells, steps, names):
-    with pytest.raises(ValueError, match=names):
-        kernels.rule110_history(cells, steps)
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(n=st.integers(1, 30), hops=st.integers(0, 50), seed=st.integers(0, 99))
-def test_khop_walk_is_a_power_of_the_permutation(n, hops, seed):
-    rng = np.random.default_rng(seed)
-    successor = rng.permutation(n)
-    start = rng.integers(0, n, 5)
-    matrix = np.zeros((n, n), dtype=np.int64)
-    matrix[np.arange(n), successor] = 1
-    ends = np.linalg.matrix_power(matrix, hops)[start].argmax(axis=1)
-    assert np.array_equal(kernels.khop_walk(successor, start, np.full(5, hops)), ends)
-
-
 # On a GPU
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
-from sleeplib.kernels import rule110_history
+from sleeplib.tasks import rule110_history, rule110_rollout
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "samples" / "rule110.json"
+ROW = np.zeros(3, dtype=np.float32)
 TASKS = {"default": sl.tasks.Rule110(), "quick": sl.tasks.Rule110(width=12, strings=2, steps=6)}
 
 
@@ -135,6 +137,53 @@ def test_chance_is_the_best_constant_answer(width, strings, steps):
     assert chance["loss"] == pytest.approx(-(p * math.log(p) + (1 - p) * math.log(1 - p)), abs=0.02)
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(width=st.integers(1, 63), steps=st.integers(0, 40), seed=st.integers(0, 99))
+def test_the_packed_rollout_is_the_rule_table(width, steps, seed):
+    cells = np.random.default_rng(seed).integers(0, 2, width)
+    packed = np.array([sum(int(c) << i for i, c in enumerate(cells))], dtype=np.uint64)
+    history = rule110_history(cells, steps)
+    assert history.shape == (steps + 1, width) and np.array_equal(history[0], cells)
+    rolled = rule110_rollout(packed, width, steps)[0]
+    assert [int(rolled) >> i & 1 for i in range(width)] == history[-1].tolist()
+
+
+def test_rule_110_spells_110():
+    for number in range(8):
+        cells = [number >> 2 & 1, number >> 1 & 1, number & 1, 0, 0]
+        assert rule110_history(cells, 1)[1, 1] == 110 >> number & 1
+
+
+@pytest.mark.parametrize(
+    "error, names, call",
+    [
+        (ValueError, "cells must lie in 0 .. 1; got 0 .. 2", lambda: rule110_history([0, 2], 1)),
+        (ValueError, "cells must be one row", lambda: rule110_history([], 1)),
+        (ValueError, "cells must be one row of integers", lambda: rule110_history([[0, 1]], 1)),
+        (ValueError, "cells must be one row of integers; got float64", lambda: rule110_history([0.0], 1)),
+        (ValueError, "steps must be an int of at least 0; got -1", lambda: rule110_history([0, 1], -1)),
+        (TypeError, "steps must be an int; got 1.0", lambda: rule110_history([0, 1], 1.0)),
+        (TypeError, "steps must be an int; got True", lambda: rule110_rollout([1], 5, True)),
+        (ValueError, "steps must be an int of at least 0; got -1", lambda: rule110_rollout([1], 5, -1)),
+        (ValueError, "width must lie in 1 .. 63; got 64", lambda: rule110_rollout([1], 64, 1)),
+        (ValueError, "rows must lie in 0 .. 31; got 32 .. 32", lambda: rule110_rollout([32], 5, 1)),
+        (ValueError, "rows must lie in 0 .. 31; got -1 .. 1", lambda: rule110_rollout([1, -1], 5, 1)),
+        (ValueError, "rows must be one row of integers; got float32", lambda: rule110_rollout(ROW, 5, 1)),
+    ],
+)
+def test_a_rollout_minds_its_arguments(error, names, call):
+    with pytest.raises(error, match=names):
+        call()
+
+
+def test_a_rollout_takes_rings_of_any_integer_kind():
+    """Signed and unsigned integers together would be floats to Numba."""
+    wanted = rule110_rollout(np.arange(32, dtype=np.uint64), 5, 3)
+    for kind in (np.int64, np.int8, np.uint16):
+        assert np.array_equal(rule110_rollout(np.arange(32, dtype=kind), np.int32(5), 3), wanted)
+    assert np.array_equal(rule110_rollout(np.arange(64, dtype=np.uint64)[::2] // 2, 5, np.int64(3)), wanted)
+
+
 @pytest.mark.parametrize(
     "error, names, changes",
     [
@@ -163,6 +212,46 @@ def test_a_bad_request_is_refused():
         task.solve(torch.zeros(1, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="inputs must show cells"):
         task.solve(torch.full((1, task.length), 3))
+    with pytest.raises(ValueError, match="inputs must show cells .* <answer> at position 24"):
+        task.solve(torch.zeros(1, task.length, dtype=torch.int64))
+    with pytest.raises(ValueError, match="inputs must hold tokens 0 .. 3"):
+        task.solve(torch.full((1, task.length), -1))
+    with pytest.raises(TypeError, match="inputs must be an int64 tensor; got torch.float32"):
+        task.solve(torch.zeros(1, task.length))
+    with pytest.raises(TypeError, match="inputs must be an int64 tensor; got NoneType"):
+        task.solve(None)
+    with pytest.raises(ValueError, match="count must be an int of at least 1; got True"):
+        task.batch(True, rng)
+
+
+def test_numpy_integers_are_ints():
+    """And are kept as Python's, so that a run's settings and their hash stay the same."""
+    task = sl.tasks.Rule110(*np.array([12, 2, 6]))
+    assert task == TASKS["quick"] and all(type(x) is int for x in vars(task).values())
+    for a, b in zip(draw(task, np.int64(3))[:2], draw(TASKS["quick"], 3)[:2]):
+        assert torch.equal(a, b)
+
+
+def test_chance_of_a_long_rollout_takes_seconds():
+    began = time.process_time()
+    chance = sl.tasks.Rule110(width=20, steps=100_000).chance()
+    assert 0.5 <= chance["token"] < 0.7 and time.process_time() - began < 20
+
+
+def test_a_question_to_a_stream_read_in_part_is_refused():
+    """It was slept on one of two rings only."""
+    task = TASKS["quick"]
+    model = sl.HybridLM(sl.ModelConfig(vocab_size=4, d_model=8, num_heads=2))
+    sleeper = sl.Sleeper(model, window=task.window)
+    inputs = draw(task, 1).inputs
+    sleeper.feed(inputs[:, : task.window])
+    with pytest.raises(ValueError, match="position: 12 tokens were read; .* after 24, so sleep on 2 windows"):
+        task.check_asked(sleeper.state.position)
+    sleeper.feed(inputs[:, task.window : task.context])
+    task.check_asked(sleeper.state.position)
+    for position in (23, 26):
+        with pytest.raises(ValueError, match=f"position: {position} tokens"):
+            task.check_asked(position)
 
 
 if __name__ == "__main__":

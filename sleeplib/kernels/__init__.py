@@ -25,11 +25,10 @@ from .convolution import causal_convolution, prepend_context
 from .gate import swiglu
 from .jit import compiled, plain, use_numba
 from .norm import l2_normalize, rms_norm, split_heads
-from .walks import khop_walk, rule110_history, rule110_rollout
 
 __all__ = ["apply_rotary", "causal_convolution", "compiled", "gated_delta_rule", "gated_hebbian_rule"]
-__all__ += ["khop_walk", "l2_normalize", "prepend_context", "rms_norm", "rule110_history", "rule110_rollout"]
-__all__ += ["softmax_attention", "split_heads", "swiglu", "use_numba"]
+__all__ += ["l2_normalize", "prepend_context", "rms_norm", "softmax_attention", "split_heads", "swiglu"]
+__all__ += ["use_numba"]
 
 BACKENDS = ("auto", "reference", "chunked", "fla")
 SMALL_STATE = 4096  # K * V up to which the loop beats matrix products on a CPU (python -m sleeplib bench)

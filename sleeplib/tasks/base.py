@@ -1,6 +1,6 @@
 """What all tasks share: the batch and the score."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,24 +32,143 @@ class Batch(NamedTuple):
     groups: torch.Tensor | None = None
 
 
+@runtime_checkable
+class Task(Protocol):
+    """What a trainer asks of a task; any object with these members will do.
+
+    A task draws sequences of tokens and says at which positions an answer is wanted.  The sequence is cut
+    into windows; a model sleeps on a window where nothing is asked, and answers where something is.
+
+    Attributes
+    ----------
+    vocab : tuple of str
+        The text of each token.
+    vocab_size : int
+        ``len(vocab)``; the model's must be the same.
+    window : int
+        L, tokens between naps.
+    length : int
+        T, tokens in a sequence: every batch has so many.
+
+    Notes
+    -----
+    The rules:
+
+    - A batch is a function of `count`, of the state of `rng` and of `split` alone, so that every N reads the
+      same.  What is in "test" is never in "train", or the task says why.
+    - ``labels[b, t]`` is the answer wanted once ``inputs[b, : t + 1]`` has been read, -100 where nothing is
+      asked.  It must not be visible there: ``inputs`` may show it at ``t + 1`` at the earliest.
+    - All rows are asked something in the same windows, and every batch in the same windows as the first one.
+    - ``groups``, if not None, holds an integer for each label: what scores are split by.
+    - `score` and `chance` have the same keys: loss, token, exact, and exact/<group>, loss/<group>.
+    - ``solve(inputs)``, labels from the visible tokens alone, is not needed for training.  Write one all the
+      same: it tells a wrong generator from a hard task.
+    - To be kept in a run record a task is a frozen dataclass whose fields are plain data.
+
+    Chapter: 11_rule110
+    """
+
+    vocab: tuple
+    vocab_size: int
+    window: int
+    length: int
+
+    def batch(self, count, rng, split="train"):
+        """Draw `count` sequences of "train" or "test" by a numpy Generator, as a :class:`Batch`."""
+
+    def score(self, logits, batch):
+        """Score logits (B, T, vocab), or (labels, vocab), on a batch: dict of str to float."""
+
+    def chance(self):
+        """The score of the best answer that ignores the context: dict of str to float."""
+
+
+class ContextTask:
+    """What the tasks of the book share: `context` tokens are read, then something is asked.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+
+    @property
+    def vocab_size(self):
+        """How many tokens there are."""
+        return len(self.vocab)
+
+    def score(self, logits, batch):
+        """Score logits (B, T, vocab), or only those of labels (labels, vocab), on a batch.
+
+        ``loss``, ``token`` and ``exact`` (all labels right).  With groups also ``exact/<group>``, over whole
+        answers, and ``loss/<group>``, over tokens.
+        """
+        return score(logits, batch)
+
+    def check_asked(self, position):
+        """Raise ValueError if a question at this point is asked of a stream that was read in part.
+
+        Parameters
+        ----------
+        position : int
+            Tokens read so far: ``state.position``, or ``sleeper.state.position``.  Those that lie in the
+            window of the question itself may still be missing.
+        """
+        windows = self.context // self.window
+        if not windows * self.window <= check_int("position", position, 0) < self.length:
+            raise ValueError(
+                f"position: {position} tokens were read; the question comes after {self.context}, so sleep "
+                f"on {windows} windows of {self.window} first"
+            )
+
+    def _check_inputs(self, inputs):
+        """Return `inputs` as an int64 tensor on the CPU, or raise unless they are tokens (B, T)."""
+        try:
+            inputs = torch.as_tensor(inputs).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}") from error
+        if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"inputs must be an int64 tensor; got {inputs.dtype}")
+        if inputs.ndim != 2 or inputs.shape[1] != self.length:
+            raise ValueError(f"inputs must have shape (B, {self.length}); got {tuple(inputs.shape)}")
+        if inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab_size:
+            raise ValueError(f"inputs must hold tokens 0 .. {self.vocab_size - 1}")
+        return inputs.long()
+
+
 def check_batch_request(count, rng, split):
-    """Raise unless a batch can be drawn with these arguments."""
-    if not isinstance(count, int) or count < 1:
+    """Return `count` as an int; raise unless a batch can be drawn with these arguments."""
+    if not _is_int(count) or count < 1:
         raise ValueError(f"count must be an int of at least 1; got {count!r}")
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng must be a numpy Generator; got {type(rng).__name__}")
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
+    return int(count)
 
 
-def check_ints(name, values, count):
-    """Return `values` as a tuple of `count` ints, or raise an error that names the argument."""
-    if not isinstance(values, (tuple, list)) or len(values) != count:
-        raise TypeError(f"{name} must be {count} ints; got {values!r}")
+def _is_int(value):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_int(name, value, low, high=None):
+    """Return an int, NumPy's too, as Python's; raise an error that names the argument if it does not fit."""
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if high is None and value < low:
+        raise ValueError(f"{name} must be an int of at least {low}; got {value}")
+    if high is not None and not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low} .. {high}; got {value}")
+    return int(value)
+
+
+def check_pair(name, values):
+    """Return two ints as a tuple, or raise an error that names the argument."""
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        raise TypeError(f"{name} must be 2 ints; got {values!r}")
     for value in values:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be {'an int' if count == 1 else f'{count} ints'}; got {value!r}")
-    return tuple(values)
+        if not _is_int(value):
+            raise TypeError(f"{name} must be 2 ints; got {value!r}")
+    return tuple(map(int, values))
 
 
 def score(logits, batch):
@@ -67,6 +186,10 @@ def score(logits, batch):
         ``loss`` (nats per label), ``token`` (accuracy per label), ``exact`` (rows all right), and with groups
         ``loss/<group>`` over the labels of that group and ``exact/<group>`` over its answers.  Neighbouring
         labels of one group are one answer, right if all of them are.
+
+    Notes
+    -----
+    Chapter: 11_rule110
     """
     logits, labels = logits.detach().float().cpu(), batch.labels.cpu()
     asked = labels != IGNORE

@@ -7,13 +7,16 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .base import IGNORE, Batch, check_batch_request, check_ints, score
+from .base import IGNORE, Batch, ContextTask, check_batch_request, check_int, check_pair
 
 HELD_OUT = 8  # one cycle in HELD_OUT belongs to the test split
+TRIES = 2000  # cycles drawn one after another, none in the wanted split, before it is found empty
+SCARCE = 0.02  # least chance of hitting a name that is left over when the last node draws
+SAMPLE, BUDGET = 4096, 2**19  # cycles that chance is estimated from, and nodes that it may draw
 
 
 @dataclass(frozen=True)
-class Depo:
+class Depo(ContextTask):
     """The k-hop task of section 6.2, after Depo1 of Physics of Language Models, part 4.1.
 
     A directed cycle is shown as its edges, source then destination, shuffled; padding on the left fills the
@@ -63,19 +66,18 @@ class Depo:
     fewest: int = 3
 
     def __post_init__(self):
-        low, high = check_ints("word", self.word, 2)
+        low, high = check_pair("word", self.word)
         if not 1 <= low <= high <= 4:
             raise ValueError(f"word must be (fewest, most) tokens, 1 to 4; got {self.word!r}")
         object.__setattr__(self, "word", (low, high))
         limits = (("nodes", 3, 1000), ("hops", 1, 1000), ("letters", 1, 1000), ("queries", 1, 1000))
         for name, least, most in (*limits, ("windows", 1, 1000), ("fewest", 3, self.nodes)):
-            (value,) = check_ints(name, (getattr(self, name),), 1)
-            if not least <= value <= most:
-                raise ValueError(f"{name} must lie in {least} .. {most}; got {value}")
+            object.__setattr__(self, name, check_int(name, getattr(self, name), least, most))
         names = sum(self.letters**size for size in range(low, high + 1))
         # Names are drawn until they differ, which needs some that are left over, of the shortest kind too.
-        if names < self.nodes or low == high and self.letters**low < self.nodes:
-            raise ValueError(f"letters: {self.letters} give {names} names for {self.nodes} nodes")
+        left = names - self.nodes + 1
+        if left < 1 or left < SCARCE * (high - low + 1) * self.letters**high:
+            raise ValueError(f"letters: {self.letters} give {names} names for {self.nodes} nodes: too few")
         if self.context % self.windows:
             raise ValueError(f"windows must divide {self.context} tokens of edges; got {self.windows}")
         if self.window < self._query:
@@ -93,11 +95,6 @@ class Depo:
         """The tokens: parts of names, hops, the mark before an answer, padding."""
         parts = [f"{kind}{i}" for kind in "nN" for i in range(self.letters)]
         return (*parts, *(f"<{k}>" for k in range(1, self.hops + 1)), "<answer>", "<pad>")
-
-    @property
-    def vocab_size(self):
-        """How many tokens there are."""
-        return 2 * self.letters + self.hops + 2
 
     @property
     def context(self):
@@ -140,7 +137,7 @@ class Depo:
         -------
         Batch
         """
-        check_batch_request(count, rng, split)
+        count = check_batch_request(count, rng, split)
         sizes, words, lengths = self._cycles(count, rng, split)
         nodes = np.arange(self.nodes)
         rows = np.arange(count)[:, None]
@@ -184,10 +181,10 @@ class Depo:
         return Batch(*(torch.from_numpy(x) for x in (inputs, labels, groups)))
 
     def _cycles(self, count, rng, split):
-        """Draw cycles of one split: sizes (B,), names (B, nodes, tokens) and their lengths (B, nodes)."""
-        found, missing = [], count
+        """Draw cycles of one split or both: sizes (B,), names (B, nodes, tokens), lengths (B, nodes)."""
+        found, missing, vain = [], count, 0
         while missing > 0:
-            share = 1 / HELD_OUT if split == "test" else 1 - 1 / HELD_OUT
+            share = {"test": 1 / HELD_OUT, "train": 1 - 1 / HELD_OUT}.get(split, 1)
             n = int(missing / share * 1.1) + 8
             sizes = np.full(n, self.nodes)
             if split == "train":
@@ -195,9 +192,13 @@ class Depo:
                 weight = 1 / (choice + math.sqrt(self.nodes))
                 sizes = rng.choice(choice, n, p=weight / weight.sum())
             ids, lengths = self._names(n, rng)
-            mine = _in_split(ids, sizes, split)
+            mine = _in_split(ids, sizes, split) if split else np.ones(n, dtype=bool)
             found.append([x[mine][:missing] for x in (sizes, ids, lengths)])
             missing -= found[-1][0].size
+            vain = 0 if mine.any() else vain + n
+            if vain > TRIES:
+                few = f"{self.letters} give {self.nodes} nodes so few cycles"
+                raise ValueError(f"letters: {few} that split={split!r} is empty")
         sizes, ids, lengths = (np.concatenate(x) for x in zip(*found))
         digits = (ids[..., None] // self.letters ** np.arange(self.word[1])) % self.letters
         last = np.arange(self.word[1]) == lengths[..., None] - 1
@@ -212,15 +213,18 @@ class Depo:
             return rng.integers(0, self.letters**lengths), lengths
 
         ids, lengths = draw((count, self.nodes))
+        rows = np.arange(count)  # those where two nodes may have one name
         while True:
-            keys = ids * (high + 1) + lengths
+            keys = ids[rows] * (high + 1) + lengths[rows]
             order = keys.argsort(axis=1, kind="stable")
             ordered = np.take_along_axis(keys, order, axis=1)
             again = np.zeros_like(keys, dtype=bool)
             np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
             if not again.any():
                 return ids, lengths
-            ids[again], lengths[again] = draw(int(again.sum()))
+            row, node = again.nonzero()
+            ids[rows[row], node], lengths[rows[row], node] = draw(row.size)
+            rows = rows[again.any(axis=1)]
 
     def solve(self, inputs):
         """Answer from the visible tokens alone: read the edges, walk, word by word.
@@ -233,34 +237,44 @@ class Depo:
         -------
         torch.Tensor of int64, shape (B, T)
             Labels, -100 where nothing is asked.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `inputs` are not tokens of this task, or a row does not read as one of its sequences.
         """
-        inputs = torch.as_tensor(inputs)
-        if inputs.ndim != 2 or inputs.shape[1] != self.length:
-            raise ValueError(f"inputs must have shape (B, {self.length}); got {tuple(inputs.shape)}")
+        inputs = self._check_inputs(inputs)
         labels = torch.full_like(inputs, IGNORE)
         number = {text: i for i, text in enumerate(self.vocab)}
         for row, tokens in enumerate(inputs.tolist()):
-            texts = [self.vocab[token] for token in tokens]
-            names, name = [], ()
-            for text in texts[: self.context]:
-                if text != "<pad>":
-                    name += (text,)
-                    if text[0] == "N":
-                        names, name = [*names, name], ()
-            successor = dict(zip(names[::2], names[1::2], strict=True))
-            hops, start = 0, ()
-            for position in range(self.context, self.length):
-                text = texts[position]
-                if text == "<answer>":
-                    for _ in range(hops):
-                        start = successor[start]
-                    for offset, part in enumerate(start):
-                        labels[row, position + offset] = number[part]
-                elif text[0] == "<" and text != "<pad>":
-                    hops, start = int(text[1:-1]), ()
-                else:
-                    start += (text,)
+            try:
+                for position, part in self._answers([self.vocab[token] for token in tokens]):
+                    labels[row, position] = number[part]
+            except (KeyError, IndexError, ValueError):
+                raise ValueError(f"inputs: row {row} does not read as edges and queries of Depo") from None
         return labels
+
+    def _answers(self, texts):
+        """Positions of labels in one row, and what should be answered there."""
+        names, name = [], ()
+        for text in texts[: self.context]:
+            if text != "<pad>":
+                name += (text,)
+                if text[0] == "N":
+                    names, name = [*names, name], ()
+        successor = dict(zip(names[::2], names[1::2], strict=True))
+        if not names or "<answer>" not in texts:
+            raise ValueError("nothing is told or asked")
+        hops, start = 0, ()
+        for position, text in enumerate(texts[self.context :], self.context):
+            if text == "<answer>":
+                for _ in range(hops):
+                    start = successor[start]
+                yield from enumerate(start, position)
+            elif text[0] == "<" and text != "<pad>":
+                hops, start = int(text[1:-1]), ()
+            else:
+                start += (text,)
 
     def chance(self):
         """Score on the test split of a guess among the cycle's nodes, the start left out.
@@ -269,16 +283,9 @@ class Depo:
         -------
         dict of str to float
             ``loss``, ``token``, ``exact``, and ``loss/<k>``, ``exact/<k>`` for each k asked at test.
-            ``token`` is counted on a fixed sample.
+            ``token`` is counted on a fixed sample: 4,096 cycles, fewer above 128 nodes.
         """
         return dict(_chance(self))
-
-    def score(self, logits, batch):
-        """Score logits (B, T, vocab), or only those of labels (labels, vocab), on a batch.
-
-        ``exact/<k>`` counts whole answers, ``loss/<k>`` tokens.
-        """
-        return score(logits, batch)
 
 
 def _place(target, tokens, there, right=False):
@@ -307,11 +314,12 @@ def _in_split(ids, sizes, split):
 
 @lru_cache
 def _chance(task):
-    rng = np.random.default_rng(12)
-    _, words, lengths = task._cycles(4096, rng, "test")
-    n, rows = task.nodes, np.arange(4096)
+    rng, count = np.random.default_rng(12), min(SAMPLE, BUDGET // task.nodes)
+    # The split says nothing about the names, and drawing large rings of one split takes eight times as long.
+    _, words, lengths = task._cycles(count, rng, "test" if count == SAMPLE else None)
+    n, rows = task.nodes, np.arange(count)
     size = float(lengths.mean())  # labels an answer
-    other = words[rows, rng.integers(1, n, 4096)]  # node 0 stands for the goal, guess another or itself
+    other = words[rows, rng.integers(1, n, count)]  # node 0 stands for the goal, guess another or itself
     real = np.arange(task.word[1]) < lengths[:, :1]
     miss = ((other == words[:, 0]) & real).sum() / real.sum()
     token = 1 / (n - 1) + (1 - 1 / (n - 1)) * float(miss)

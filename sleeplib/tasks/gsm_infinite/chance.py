@@ -12,7 +12,7 @@ from .problem import draw_bare, draw_until
 
 MODES = ("forward", "reverse")
 LEVELS = ("medium", "hard")
-SAMPLE = 300  # held-out problems for each mode and op count
+SAMPLE, BUDGET = 300, 4800  # held-out problems for each mode and op count at most, and in all
 
 
 def target_words(task, problem):
@@ -26,9 +26,10 @@ def estimate_chance(task):
     """See :meth:`GSMInfinite.chance`."""
     draw, cells = random.Random(13), {}
     counts = range(task.ops[0], task.ops[1] + 1)
+    sample = min(SAMPLE, BUDGET // (len(task.modes) * len(counts)))
     for mode, ops in product(task.modes, counts):
         words = Counter()
-        for _ in range(SAMPLE):
+        for _ in range(sample):
             cell = dict(level=draw.choice(task.levels), theme=draw.choice(task.themes))
             bare = draw_until(draw_bare, draw, task, "test", mode=mode, ops=ops, **cell)
             words.update(target_words(task, bare))

@@ -1,8 +1,11 @@
 """From numbers to text: a bare problem in core names, then distractors up to the wanted length."""
 
+import random
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 from .graph import Core, draw_constant, draw_core, draw_formula, evaluate
 from .language import THEMES, WORDS, Formula, Node, hidden, question, sentence, trace
@@ -205,3 +208,12 @@ def draw_until(draw_one, draw, task, split, *, ids=None, tries=TRIES, ops, **cel
         reasons[found] += 1
     reason = next(r for r in reversed(REASONS) if reasons[r])
     raise ValueError(REASONS[reason].format(task=task, ops=ops, split=split))
+
+
+@lru_cache
+def check_possible(task):
+    """Draw one problem of each mode, level and op count; raise ValueError if one cannot be had."""
+    draw = random.Random(0)
+    for level, mode, ops in product(task.levels, task.modes, range(task.ops[0], task.ops[1] + 1)):
+        cell = dict(mode=mode, ops=ops, level=level, theme=task.themes[0])
+        draw_until(draw_problem, draw, task, None, tries=1000, **cell)

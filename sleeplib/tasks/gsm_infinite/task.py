@@ -8,10 +8,10 @@ from itertools import product
 import numpy as np
 import torch
 
-from ..base import IGNORE, Batch, check_batch_request, check_ints, score
+from ..base import IGNORE, Batch, ContextTask, check_batch_request, check_int, check_pair, score
 from .chance import LEVELS, MODES, estimate_chance, target_words
 from .language import THEMES, WORDS, vocabulary
-from .problem import draw_problem, draw_until
+from .problem import check_possible, draw_problem, draw_until
 from .solver import solve_text
 from .tokens import padding, reader
 
@@ -20,7 +20,7 @@ LINE, EDGE = 18, 8  # tokens of a solution: at most so many for a parameter and 
 
 
 @dataclass(frozen=True)
-class GSMInfinite:
+class GSMInfinite(ContextTask):
     """Arithmetic in a long story (section 6.3 of the paper), after GSM-Infinite, arXiv 2502.05252.
 
     Places hold kinds of a thing; at level "hard" each thing also holds parts.  Each of these numbers has a
@@ -104,15 +104,13 @@ class GSMInfinite:
 
     def __post_init__(self):
         for name, (low, high) in BOUNDS.items():
-            value = check_ints(name, getattr(self, name), 2)
+            value = check_pair(name, getattr(self, name))
             object.__setattr__(self, name, value)  # a list, as in a run record, will do
             if not all(low <= n <= high for n in value) or name != "noise" and value[0] > value[1]:
                 order = "" if name == "noise" else ", the smaller first"
                 raise ValueError(f"{name} must lie in {low} .. {high}{order}; got {value!r}")
         for name, (low, high) in {"window": (1, 1_000_000), "max_value": (4, 1000)}.items():
-            (value,) = check_ints(name, (getattr(self, name),), 1)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie in {low} .. {high}; got {value}")
+            object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
         for name, known in {"theme": tuple(THEMES), "mode": MODES, "level": LEVELS}.items():
             if getattr(self, name) not in (None, *known):
                 raise ValueError(
@@ -127,7 +125,7 @@ class GSMInfinite:
                 f"window={self.window} cuts the solution: tokens {first} .. {self.length - 1} of a sequence "
                 "must lie in one window"
             )
-        _check_possible(self)
+        check_possible(self)
 
     @property
     def modes(self):
@@ -151,9 +149,9 @@ class GSMInfinite:
         return vocabulary(self.themes, self.levels, self.modes, *sizes, self.solution)
 
     @property
-    def vocab_size(self):
-        """How many tokens there are."""
-        return len(self.vocab)
+    def context(self):
+        """Tokens of question and context, padding included, before the mark that asks."""
+        return self.tokens[1]
 
     @property
     def length(self):
@@ -234,8 +232,7 @@ class GSMInfinite:
         TypeError, ValueError
             If the tokenizer does not fit, or no problem of its tokens fits the settings.
         """
-        check_batch_request(count, rng, split)
-        ids = self._reader(tokenizer)
+        count, ids = check_batch_request(count, rng, split), self._reader(tokenizer)
         cells = list(product(self.modes, range(self.ops[0], self.ops[1] + 1)))
         order, seeds = rng.permutation(len(cells)), rng.integers(1 << 63, size=count)
         problems, rows = [], []
@@ -273,14 +270,10 @@ class GSMInfinite:
 
         Raises
         ------
-        ValueError
-            If the shape is another, a token is unknown or a text cannot be read.
+        TypeError, ValueError
+            If `inputs` are not tokens of this task, or a text cannot be read.
         """
-        inputs = torch.as_tensor(inputs)
-        if inputs.ndim != 2 or inputs.shape[1] != self.length:
-            raise ValueError(f"inputs must have shape (B, {self.length}); got {tuple(inputs.shape)}")
-        if inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab_size:
-            raise ValueError(f"inputs must hold tokens 0 .. {self.vocab_size - 1}")
+        inputs = self._check_inputs(inputs)
         labels, vocab, first = torch.full_like(inputs, IGNORE), self.vocab, self.tokens[1]
         for row, wanted in zip(inputs.tolist(), labels):
             words = [vocab[i] for i in row]
@@ -351,12 +344,3 @@ class GSMInfinite:
 @lru_cache
 def _index(vocab):
     return {word: i for i, word in enumerate(vocab)}
-
-
-@lru_cache
-def _check_possible(task):
-    """Draw one problem of each mode, level and op count; raise ValueError if one cannot be had."""
-    draw = random.Random(0)
-    for level, mode, ops in product(task.levels, task.modes, range(task.ops[0], task.ops[1] + 1)):
-        cell = dict(mode=mode, ops=ops, level=level, theme=task.themes[0])
-        draw_until(draw_problem, draw, task, None, tries=1000, **cell)

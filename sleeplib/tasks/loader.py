@@ -6,6 +6,8 @@ from itertools import count as count_from
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .base import check_int
+
 
 def _leave_ctrl_c_to_the_run(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -29,8 +31,7 @@ def stream(task, count, seed, *, start=0, split="train", workers=0):
 
     Parameters
     ----------
-    task : Rule110
-        Any task of :mod:`sleeplib.tasks`.
+    task : Task
     count : int
         B.
     seed : int or sequence of int
@@ -47,16 +48,14 @@ def stream(task, count, seed, *, start=0, split="train", workers=0):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         If `workers` or `start` is not an int of at least 0.
 
     Notes
     -----
     Chapter: 13_gsm_infinite
     """
-    for name, value in (("start", start), ("workers", workers)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be an int of at least 0; got {value!r}")
+    start, workers = check_int("start", start, 0), check_int("workers", workers, 0)
     seed = tuple(seed) if np.ndim(seed) else (seed,)
     steps = _Steps(task, count, seed, start, split)
     loader = DataLoader(steps, batch_size=None, num_workers=workers, worker_init_fn=_leave_ctrl_c_to_the_run)
