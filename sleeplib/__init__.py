@@ -4,13 +4,14 @@ Before a model's attention cache is cleared, it makes N offline passes over the 
 into fast weights, by a learned local rule; then it wakes with an empty cache and answers in one pass.
 """
 
-from . import experiments, tasks
+from . import experiments, presets, tasks
+from .evaluation import evaluate
 from .kernels import gated_delta_rule, gated_hebbian_rule
 from .model import HybridLM, LMState, ModelConfig
 from .records import load_records
 from .runs import run
 from .sleep import Sleeper, evict, sleep, sleep_forward
-from .training import Trainer, evaluate
+from .training import Trainer
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_hebbian_rule",
     "load_records",
+    "presets",
     "run",
     "sleep",
     "sleep_forward",

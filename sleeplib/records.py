@@ -1,10 +1,13 @@
 """Run records: one JSON file a run, written whole or not at all, read by the chapters."""
 
+import errno
+import glob
 import json
 import os
 import platform
 import subprocess
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +15,13 @@ KEYS = (
     "preset passes seed config config_hash command commit dirty data_hash versions device dtype seconds "
     "peak_bytes tokens curve chance final status"
 ).split()
+
+
+def checkout():
+    """Folder of the checkout that this sleeplib lies in; None where it is installed."""
+    root = Path(__file__).resolve().parent.parent
+    project = root / "pyproject.toml"
+    return root if project.is_file() and 'name = "sleeplib"' in project.read_text() else None
 
 
 def data_dir():
@@ -25,13 +35,41 @@ def data_dir():
     -----
     Chapter: 11_rule110
     """
-    here = Path(__file__).resolve().parent
-    checkout = here.parent / "data"
-    return checkout if (checkout.parent / "pyproject.toml").is_file() else here / "data"
+    root = checkout()
+    return root / "data" if root else Path(__file__).resolve().parent / "data"
+
+
+def results_dir():
+    """Where runs leave their records: a checkout's ``data/results``, else ``sleeplib-results`` where you are."""
+    return data_dir() / "results" if checkout() else Path.cwd() / "sleeplib-results"
+
+
+def kept_model_path(name):
+    """Folder of a shipped model, by "rule110-quick/N4-seed0", or by the preset alone where it has only one.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If `name` fits none, or several; the message lists what there is.
+
+    Notes
+    -----
+    Chapter: 11_rule110
+    """
+    root = data_dir() / "checkpoints"
+    kept = {f.parent.relative_to(root).as_posix(): f.parent for f in sorted(root.glob("*/*/config.json"))}
+    found = [key for key in kept if str(name) in (key, key.split("/")[0])]
+    if not found:
+        raise FileNotFoundError(f"name: no model {str(name)!r} is kept; there are {', '.join(kept)}")
+    if len(found) > 1:
+        raise ValueError(f"name: {str(name)!r} is ambiguous; write one of {', '.join(found)}")
+    return kept[found[0]]
 
 
 def write_atomically(path, content):
     """Write bytes to `path` so that a reader sees the old file or the new one, never a part.
+
+    What writers of `path` that were killed on this machine have left behind is removed.
 
     Parameters
     ----------
@@ -46,7 +84,11 @@ def write_atomically(path, content):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    mark = f".{path.name}.{platform.node()}-"
+    for stray in path.parent.glob(glob.escape(mark) + "*"):
+        if not _alive(stray.name.removeprefix(mark).partition(".")[0]):
+            stray.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{mark}{os.getpid()}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -57,11 +99,39 @@ def write_atomically(path, content):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # where the system has it, the new name too outlives a loss of power
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _alive(pid):
+    """Whether a process may still run; Windows is not asked, signal 0 would end it there."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+def check_writable(name, folder):
+    """Raise OSError, naming the argument, unless files can be made in `folder`; nothing is left behind."""
+    try:
+        there = Path(folder).absolute()
+        while not there.exists():
+            there = there.parent
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(error.errno, f"{name} cannot be written: {error.strerror}", str(folder)) from error
 
 
 def record_path(preset, passes, seed, out=None):
-    """Where the record of a run lives, below `out` (``data/results`` if absent)."""
-    out = data_dir() / "results" if out is None else Path(out)
+    """Where the record of a run lives, below `out` (:func:`results_dir` if absent)."""
+    out = results_dir() if out is None else Path(out)
     return out / preset / f"N{passes}-seed{seed}.json"
 
 
@@ -71,7 +141,7 @@ def save_record(record, out=None):
     Raises
     ------
     ValueError
-        If a key is missing or unknown.
+        If a key is missing or unknown, or a number is not finite.
     OSError
         If it cannot be written; the message names the file, and an older record stands.
     """
@@ -80,7 +150,11 @@ def save_record(record, out=None):
         raise ValueError(f"record: missing or unknown keys {odd}")
     path = record_path(record["preset"], record["passes"], record["seed"], out)
     try:
-        write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        text = json.dumps(record, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"record: {error}") from error
+    try:
+        write_atomically(path, (text + "\n").encode())
     except OSError as error:
         raise OSError(
             error.errno, f"record not written, nothing changed: {error.strerror}", str(path)
@@ -96,8 +170,12 @@ def load_record(path):
     ValueError
         If the file is not a record.
     """
+
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON number")
+
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(), parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"path: {path} is not JSON: {error}") from error
     if not isinstance(record, dict) or set(record) != set(KEYS):
@@ -114,7 +192,9 @@ def load_records(preset, passes=None, out=None):
     passes : int, optional
         Only the runs with this N.
     out : path_like, optional
-        Folder of the records, ``data/results`` if absent.
+        Folder of the records.  If absent, the shipped ones and your own: in a checkout both lie in
+        ``data/results``; where sleeplib is installed, a run of your own in ``./sleeplib-results`` stands in
+        for the shipped one with its N and seed.
 
     Returns
     -------
@@ -124,17 +204,16 @@ def load_records(preset, passes=None, out=None):
     -----
     Chapter: 11_rule110
     """
-    folder = record_path(preset, 0, 0, out).parent
-    records = [load_record(path) for path in folder.glob("N*-seed*.json")]
-    records.sort(key=lambda r: (r["passes"], r["seed"]))
+    folders = [data_dir() / "results", results_dir()] if out is None else [Path(out)]
+    found = {path.name: path for folder in folders for path in (folder / preset).glob("N*-seed*.json")}
+    records = sorted(map(load_record, found.values()), key=lambda r: (r["passes"], r["seed"]))
     return [r for r in records if passes is None or r["passes"] == passes]
 
 
 def versions():
     """Versions of what a run depends on."""
-    names = ("sleeplib", "torch", "numpy", "numba")
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in ("sleeplib", "torch", "numpy", "numba"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -143,17 +222,30 @@ def versions():
 
 
 def commit():
-    """The commit that sleeplib runs from and whether its files differ from it; (None, None) without git."""
+    """The commit of the checkout that sleeplib lies in, and whether the package differs from it.
+
+    (None, None) where sleeplib is installed: the version tells.  ("unknown: ...", None), with the reason, where
+    git is missing or refuses.  A repository that merely surrounds the checkout is not asked.
+    """
+    root = checkout()
+    if root is None:
+        return None, None
 
     def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, env=env)
+        if found.returncode:
+            raise OSError(" ".join(found.stderr.split("\n", 1)[0].split()))
+        return found.stdout.strip()
 
+    env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown: the checkout is no repository of its own", None
         # Records and pages are made by runs; only code changes what a run computes.
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "sleeplib")
+        return git("rev-parse", "HEAD"), bool(changed)
+    except OSError as error:
+        return f"unknown: {error}", None
 
 
 def processor():
