@@ -35,28 +35,14 @@ def sample(args):
 
 def run(args):
     """Train one preset with one N and one seed."""
-    settings = {}
-    for text in args.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set wants KEY=VALUE; got {text!r}")
-        settings[key] = value
+    settings = dict(text.partition("=")[::2] for text in args.set)
+    if wrong := [text for text in args.set if "=" not in text]:
+        raise ValueError(f"--set wants KEY=VALUE; got {wrong[0]!r}")
     if settings and args.out is None:
         raise ValueError("--set changes the preset: give --out, so that the preset's own records stay apart")
     experiment = experiments.get(args.preset).replace(settings)
-    record = runs.run(
-        experiment,
-        args.passes,
-        args.seed,
-        args.device,
-        args.out,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        stop_after=args.stop_after,
-        keep=args.keep,
-        micro_batches=args.micro_batches,
-        threads=args.threads,
-    )
+    names = "passes seed device out resume overwrite stop_after keep micro_batches threads"
+    record = runs.run(experiment, **{name: getattr(args, name) for name in names.split()})
     print(summary(record))
     return EXIT.get(record["status"].split()[0].rstrip(":"), 0)
 

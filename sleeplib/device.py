@@ -26,13 +26,10 @@ class CapturedStep:
     device : torch.device
         One CUDA device, the current one or another.
 
-    Raises
-    ------
-    ValueError
-        On a call with a batch of another shape: a copy into the graph's tensors would broadcast.
-
     Notes
     -----
+    A call with a batch of another shape is a ValueError: a copy into the graph's tensors would broadcast.
+
     Chapter: 11_rule110
     """
 
@@ -64,9 +61,7 @@ class CapturedStep:
         for name in ("inputs", "labels"):
             own, new = getattr(self, name), getattr(batch, name)
             if own.shape != new.shape:
-                raise ValueError(
-                    f"batch: captured with {name} of shape {tuple(own.shape)}; got {tuple(new.shape)}"
-                )
+                raise ValueError(f"batch: {name} were {tuple(own.shape)} when captured; got {tuple(new.shape)}")
             own.copy_(new.pin_memory(), non_blocking=True)
         self.graph.replay()
         return self.loss.clone()
@@ -93,9 +88,8 @@ def runs_bfloat16(device):
 
 def cores():
     """The processor cores that this process may use, by number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    some = hasattr(os, "sched_getaffinity")
+    return sorted(os.sched_getaffinity(0)) if some else list(range(os.cpu_count() or 1))
 
 
 @contextmanager
@@ -118,10 +112,8 @@ def tune_malloc(size=2**30 - 2**22):
     addresses.  A run on the CPU does this when it starts to train, unless the environment says
     ``SLEEPLIB_TUNE_MALLOC=0``.  Nothing happens where the C library or the kernel has no such call.
     """
-    if os.environ.get("SLEEPLIB_TUNE_MALLOC") == "0" or sys.platform != "linux":
-        return
-    c = ctypes.CDLL(None)
-    if not hasattr(c, "mallopt"):
+    refused = os.environ.get("SLEEPLIB_TUNE_MALLOC") == "0" or sys.platform != "linux"
+    if refused or not hasattr(c := ctypes.CDLL(None), "mallopt"):
         return
     # trim threshold, top pad, mmap threshold
     for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):
@@ -150,5 +142,4 @@ def peak_bytes(device):
         import resource
     except ImportError:  # Windows
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -10,14 +10,12 @@ import typing
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from .model import ModelConfig
-from .sleep import awake_chunks
 from .tasks import TASKS, Rule110
-from .tasks.base import IGNORE, SPLITS
 
 PRESETS = {}  # name -> Experiment; presets.py fills it
+EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
 
 
 def check_int(name, value, low, high=None):
@@ -48,8 +46,7 @@ class TrainConfig:
     clip : float
         Largest norm of the gradient.
     eviction : {"hard", "keys", "sliding", "hard-then-sliding"}
-        The last is hard for the first third of the steps: our reading of section 6.4, where one epoch in
-        three does so.
+        The last is hard for the first third of the steps: our reading of section 6.4.
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     precision : {"float32", "bfloat16"}
@@ -106,10 +103,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be at most train.steps = {self.steps}; got {value}")
         if not self.clip:
             raise ValueError("train.clip must be above 0, or nothing is learned; got 0")
-        for name, known in (
-            ("eviction", ("hard", "keys", "sliding", "hard-then-sliding")),
-            ("precision", ("float32", "bfloat16")),
-        ):
+        for name, known in (("eviction", EVICTIONS), ("precision", ("float32", "bfloat16"))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {value!r}")
 
@@ -128,7 +122,7 @@ class Experiment:
     name : str
         Also the folder of its records: letters, digits, spaces and ``.,+=-_``.
     task : Rule110
-        Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes :func:`check_task`.
+        Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes :func:`~sleeplib.tasks.check.check_task`.
     model : ModelConfig
     train : TrainConfig
     passes : tuple of int
@@ -156,13 +150,7 @@ class Experiment:
             raise ValueError(f"name must be letters, digits, spaces and .,+=-_; got {self.name!r}")
 
     def config(self):
-        """The experiment as plain data, as a run record keeps it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the task is no dataclass, or holds what JSON has no word for.
-        """
+        """The experiment as plain data, as a record keeps it; an error if the task is no such data."""
         task = type(self.task)
         own = f"{task.__module__}.{task.__qualname__}"
         if not dataclasses.is_dataclass(task):
@@ -177,14 +165,12 @@ class Experiment:
 
     def config_hash(self):
         """Twelve hex digits that change with anything in :meth:`config`."""
-        text = json.dumps(self.config(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()[:12]
 
     def changes(self):
         """Settings that differ from the preset of this name, as ``--set`` takes them."""
-        if self.name not in PRESETS:
-            return []
-        old, new = PRESETS[self.name].config(), self.config()
+        new = self.config()
+        old = PRESETS[self.name].config() if self.name in PRESETS else new
         return [
             f"{part}.{key}={json.dumps(value) if not isinstance(value, str) else value}"
             for part, values in new.items()
@@ -193,7 +179,7 @@ class Experiment:
         ]
 
     def replace(self, settings=None, **fields):
-        """Return a copy with settings changed, as in ``replace({"train.steps": "300"})`` or ``replace(clip=2)``.
+        """Return a copy with settings changed: ``replace({"train.steps": "300"})``, ``replace(clip=2)``.
 
         Parameters
         ----------
@@ -231,14 +217,13 @@ class Experiment:
 
 def _read(key, value, hint):
     """Read a setting's text as its field's type."""
-    allowed = typing.get_args(hint) or (hint,)
+    allowed, kind = typing.get_args(hint) or (hint,), getattr(hint, "__name__", hint)
     if isinstance(value, str) and hint is not str:
         text = {"True": "true", "False": "false", "None": "null"}.get(value, value)
         try:
             value = json.loads(text.translate(str.maketrans("()", "[]")))
         except ValueError:
             if str not in allowed:
-                kind = getattr(hint, "__name__", hint)
                 raise ValueError(f"{key}: cannot read {value!r} as {kind}") from None
     if isinstance(value, np.generic):
         value = value.item()
@@ -248,7 +233,7 @@ def _read(key, value, hint):
         value = float(value)
     plain = tuple(typing.get_origin(t) or t for t in allowed)
     if isinstance(value, bool) and bool not in plain or not isinstance(value, plain):
-        raise ValueError(f"{key}: wants {getattr(hint, '__name__', hint)}; got {value!r}")
+        raise ValueError(f"{key}: wants {kind}; got {value!r}")
     return value
 
 
@@ -259,16 +244,11 @@ def get(name):
     ----------
     name : str
         ``<task>-quick`` (CPU, minutes), ``<task>-small`` (one GPU, minutes) or ``<task>-paper``; see
-        ``sleeplib list``.  An Experiment comes back as it is.
+        ``sleeplib list``.  An Experiment comes back as it is.  Any other name is a ValueError.
 
     Returns
     -------
     Experiment
-
-    Raises
-    ------
-    ValueError
-        If there is no such preset.
 
     Notes
     -----
@@ -279,64 +259,3 @@ def get(name):
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def check_task(task, count=8):
-    """Raise unless `task` can be trained on: draw small batches, look at them, and score them.
-
-    Parameters
-    ----------
-    task : object
-        With ``vocab_size``, ``window``, ``length``, ``batch(count, rng, split)``, ``score(logits, batch)`` and
-        ``chance()``, as :class:`Rule110` has them.
-    count : int
-        Sequences to draw of each split.
-
-    Raises
-    ------
-    TypeError, ValueError
-        In words: what is missing, or does not fit.
-
-    Notes
-    -----
-    Chapter: 11_rule110
-    """
-
-    def demand(right, what, error=ValueError):
-        if not right:
-            raise error(f"task: {what}")
-
-    for name in ("vocab_size", "window", "length", "batch", "score", "chance"):
-        demand(hasattr(task, name), f"{type(task).__name__} has no {name}", TypeError)
-    vocab, window, length = (check_int(f"task.{n}", getattr(task, n), 1) for n in ("vocab_size", "window", "length"))
-    chance = task.chance()
-    for split in SPLITS:
-        batch, again = (task.batch(count, np.random.default_rng(0), split=split) for _ in range(2))
-        for name in ("inputs", "labels"):
-            x = getattr(batch, name, None)
-            found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-            demand(
-                isinstance(x, torch.Tensor) and x.dtype == torch.int64 and x.shape == (count, length),
-                f"{name} must be an int64 tensor of shape (count, length) = {(count, length)}; got {found}",
-            )
-            demand(torch.equal(x, getattr(again, name)), f"{name} must follow from rng alone; two draws differ")
-        inputs, labels = batch.inputs, batch.labels
-        asked = labels != IGNORE
-        inside = (inputs >= 0).all() and (inputs < vocab).all()
-        demand(inside, f"inputs must lie in 0 .. {vocab - 1}; got {int(inputs.min())} .. {int(inputs.max())}")
-        inside = (labels[asked] >= 0).all() and (labels < vocab).all()
-        demand(inside, f"labels must be {IGNORE} or lie in 0 .. {vocab - 1}")
-        demand(asked.any(), f"labels are {IGNORE} everywhere: nothing is asked")
-        given = (inputs[asked] == labels[asked]).all()
-        demand(not given, "labels repeat the token read at their place; they must say what follows it")
-        groups = getattr(batch, "groups", None)
-        demand(groups is None or groups.shape == labels.shape, "groups must have the shape of labels, or be None")
-        try:
-            awake_chunks(labels, window)
-        except ValueError as error:
-            raise ValueError(f"task: {error}") from None
-        scores = task.score(torch.zeros(int(asked.sum()), vocab), batch)
-        for name, found in (("score", scores), ("chance", chance)):
-            missing = {"loss", "token", "exact"} - set(found)
-            demand(not missing, f"{name} must give {', '.join(sorted(missing))}; got {', '.join(found)}")
-        demand(set(scores) <= set(chance), f"chance must give what score gives: {', '.join(scores)}")

@@ -39,12 +39,11 @@ class Muon(torch.optim.Muon):
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 if group["nesterov"]:
                     ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-                update = orthogonalise(
-                    torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
+                options = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
+                update = orthogonalise(torch.stack(ahead), *options)
                 like_adamw = group["adjust_lr_fn"] == "match_rms_adamw"
-                size = 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1, rows / columns))
-                update *= -group["lr"] * size
+                factor = 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1, rows / columns))
+                update *= -group["lr"] * factor
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(update.to(matrices[0].dtype).unbind()))
         return loss

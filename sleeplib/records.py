@@ -1,6 +1,5 @@
 """Run records: one JSON file a run, written whole or not at all, read by the chapters."""
 
-import errno
 import glob
 import json
 import os
@@ -99,23 +98,21 @@ def write_atomically(path, content):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # where the system has it, the new name too outlives a loss of power
+    if os.name == "posix":  # the new name, too, outlives a loss of power
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
 
 
 def _alive(pid):
     """Whether a process may still run; Windows is not asked, signal 0 would end it there."""
-    if os.name != "posix" or not pid.isdecimal():
-        return True
     try:
-        os.kill(int(pid), 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
+        return os.name != "posix" or os.kill(int(pid), 0) is None
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
 
 
 def check_writable(name, folder):
@@ -151,14 +148,12 @@ def save_record(record, out=None):
     path = record_path(record["preset"], record["passes"], record["seed"], out)
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
+        write_atomically(path, (text + "\n").encode())
     except ValueError as error:
         raise ValueError(f"record: {error}") from error
-    try:
-        write_atomically(path, (text + "\n").encode())
     except OSError as error:
-        raise OSError(
-            error.errno, f"record not written, nothing changed: {error.strerror}", str(path)
-        ) from error
+        what = f"record not written, nothing changed: {error.strerror}"
+        raise OSError(error.errno, what, str(path)) from error
     return path
 
 

@@ -25,49 +25,29 @@ def pin_to_cores(left):
 
 
 def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, out=None, keep=None):
-    """Run every N and seed of a task's presets that has no finished record yet.
+    """Run every N and seed of ``<task>-<scale>`` and its variants that has no finished record yet.
 
-    Parameters
-    ----------
-    task, scale : str
-        The presets ``<task>-<scale>`` and ``<task>-<scale>-...``.
-    seeds : sequence of int, optional
-        Those of the preset if absent.
-    jobs : int, optional
-        Runs at a time; one a core, or one on a GPU, if absent.
-    overwrite : bool
-        Also the runs that have a finished record.
-    out, keep : path_like, optional
-        As in :func:`sleeplib.run`.
-
-    Returns
-    -------
-    experiments : list of Experiment
-    codes : list of int
-        The exit code of each run.
-
-    Notes
-    -----
-    Chapter: 11_rule110
+    Up to `jobs` run at a time; one a core, or one on a GPU, if absent.  `seeds` are those of the presets if
+    absent; `overwrite`, `out` and `keep` are as in :func:`sleeplib.run`.  Returns the experiments, and the
+    exit code of each run.
     """
     name = f"{task}-{scale}"
     chosen = [e for n, e in PRESETS.items() if n == name or n.startswith(f"{name}-")]
-    jobs = 1 if jobs is None and torch.cuda.is_available() else check_int("jobs", jobs or len(cores()), 1)
+    if jobs is None:
+        jobs = 1 if torch.cuda.is_available() else len(cores())
     # Separate processes with one thread each waste less than threads that wait for one another.
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(cores()) // jobs))}
-    commands = []
+    threads = max(1, len(cores()) // check_int("jobs", jobs, 1))
+    environment, commands = os.environ | {"OMP_NUM_THREADS": str(threads)}, []
     for experiment in chosen:
         found = records.load_records(experiment.name, out=out or records.results_dir())
-        finished = {(r["passes"], r["seed"]) for r in found if r["status"] == "done"}
+        finished = {(r["passes"], r["seed"]) for r in found if r["status"] == "done" and not overwrite}
         for seed in experiment.seeds if seeds is None else seeds:
             for n in sorted(experiment.passes, reverse=True):
-                if (n, seed) in finished and not overwrite:
-                    continue
                 command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]
                 command += ["--passes", str(n), "--seed", str(seed)] + ["--overwrite"] * overwrite
                 for option, value in (("--out", out), ("--keep", keep)):
                     command += [option, str(value)] if value else []
-                commands.append(command)
+                commands += [] if (n, seed) in finished else [command]
     with ThreadPoolExecutor(jobs, initializer=pin_to_cores, initargs=(shares(jobs),)) as pool:
         futures = [pool.submit(subprocess.run, command, env=environment) for command in commands]
         try:

@@ -14,53 +14,26 @@ from .training import Trainer
 
 def make_record(trainer, status, command, commit, dirty):
     """The run record of what has been done so far."""
-    experiment, train = trainer.experiment, trainer.experiment.train
-    final = {}
+    e, final = trainer.experiment, {}
     try:
-        for split, suffix in (("test", ""), ("train", "_train_split")):
-            if not status.startswith("failed"):
-                scores = trainer.evaluate(held_out(experiment.task, 8 * train.eval_batch, trainer.seed, split))
-                final |= {name + suffix: score for name, score in scores.items()}
+        for split, suffix in (("test", ""), ("train", "_train_split")) if status[:6] != "failed" else ():
+            scores = trainer.evaluate(held_out(e.task, 8 * e.train.eval_batch, trainer.seed, split))
+            final |= {name + suffix: score for name, score in scores.items()}
     except FloatingPointError as error:
         status, final = f"failed: {error}", {}
-    cuda = trainer.device.type == "cuda"
-    return dict(
-        preset=experiment.name,
-        passes=trainer.passes,
-        seed=trainer.seed,
-        config=experiment.config(),
-        config_hash=experiment.config_hash(),
-        command=command,
-        commit=commit,
-        dirty=dirty,
-        data_hash=trainer.data_hash,
-        versions=records.versions(),
-        device=torch.cuda.get_device_name(trainer.device) if cuda else records.processor(),
-        dtype=trainer.precision,
-        seconds=round(trainer.seconds, 2),
-        peak_bytes=trainer.peak_bytes,
-        tokens=trainer.step * train.batch * experiment.task.length,
-        curve=trainer.curve,
-        chance=experiment.task.chance(),
-        final=final,
-        status=status,
-    )
+    on_gpu = trainer.device.type == "cuda"
+    device = torch.cuda.get_device_name(trainer.device) if on_gpu else records.processor()
+    record = dict(preset=e.name, passes=trainer.passes, seed=trainer.seed, config=e.config())
+    record |= dict(config_hash=e.config_hash(), command=command, commit=commit, dirty=dirty)
+    record |= dict(data_hash=trainer.data_hash, versions=records.versions(), device=device)
+    record |= dict(dtype=trainer.precision, seconds=round(trainer.seconds, 2), peak_bytes=trainer.peak_bytes)
+    record |= dict(tokens=trainer.step * e.train.batch * e.task.length, curve=trainer.curve)
+    return record | dict(chance=e.task.chance(), final=final, status=status)
 
 
 def run(
-    experiment,
-    passes,
-    seed=0,
-    device="auto",
-    out=None,
-    *,
-    resume=False,
-    overwrite=False,
-    stop_after=None,
-    keep=None,
-    micro_batches=1,
-    threads=None,
-    progress=True,
+    experiment, passes, seed=0, device="auto", out=None, *, resume=False, overwrite=False, stop_after=None,
+    keep=None, micro_batches=1, threads=None, progress=True
 ):
     """Train one preset with one N and one seed, and write its record.
 
@@ -98,11 +71,9 @@ def run(
 
     Raises
     ------
-    ValueError
-        If an argument does not fit, a checkpoint is damaged or foreign, or a record stands in the way: a
-        finished one, or one of another configuration.
-    OSError
-        If `out` or `keep` cannot be written; found out before the first step.
+    ValueError, OSError
+        Before the first step: an argument does not fit, `out` or `keep` cannot be written, a checkpoint is
+        damaged or foreign, or a record stands in the way, a finished one or one of another configuration.
 
     Notes
     -----
@@ -117,11 +88,9 @@ def run(
     checkpoint = path.with_suffix(".safetensors")
     kept = None if keep is None else Path(keep) / path.parent.name / path.stem
     if (old := _standing(path, experiment, overwrite)) is not None:
+        ways = "resume=True (--resume) returns it, overwrite=True (--overwrite) trains anew"
         if not resume:
-            raise ValueError(
-                f"out: {path} is the record of a finished run; load_records reads it, resume=True (--resume) "
-                "returns it, overwrite=True (--overwrite) trains anew"
-            )
+            raise ValueError(f"out: {path} is the record of a finished run; load_records reads it, {ways}")
         if kept is not None and not kept.exists():
             raise ValueError(f"keep: {path} is finished and {kept} was not kept; overwrite=True trains anew")
         checkpoint.unlink(missing_ok=True)
@@ -152,12 +121,10 @@ def run(
 
 
 def _standing(path, experiment, overwrite):
-    """The finished record at `path` that must not be replaced, or None; ValueError if it is of another run."""
+    """The finished record at `path` that must stay, or None; ValueError if one of another configuration."""
     if not path.exists():
         return None
     old = records.load_record(path)
-    if old["config_hash"] != experiment.config_hash():
-        raise ValueError(
-            f"out: {path} is the record of another configuration ({old['config_hash']}); choose another out"
-        )
+    if (other := old["config_hash"]) != experiment.config_hash():
+        raise ValueError(f"out: {path} is the record of another configuration ({other}); choose another out")
     return old if old["status"] == "done" and not overwrite else None

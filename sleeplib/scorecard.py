@@ -36,12 +36,8 @@ def judge(claim, out=None):
     row |= dict(ours="-", scale="-", seeds="-", device="-", verdict="not run")
     for presets in claim["presets"]:
         by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
-        done = [
-            r
-            for preset in presets
-            for r in load_records(preset, passes=1 if by_steps else None, out=out)
-            if r["status"] == "done"
-        ]
+        found = [load_records(preset, passes=1 if by_steps else None, out=out) for preset in presets]
+        done = [r for group in found for r in group if r["status"] == "done"]
         groups = {}
         for r in done:
             x = r["config"]["task"]["steps"] if by_steps else r["passes"]
@@ -50,8 +46,7 @@ def judge(claim, out=None):
             continue
         means = [mean(groups[x]) for x in sorted(groups)]
         ordered = means == sorted(means, reverse=by_steps) and abs(means[0] - means[-1]) > MARGIN
-        full = "paper" in presets[0]
-        letter = "t" if by_steps else "N"
+        full, letter = "paper" in presets[0], "t" if by_steps else "N"
         row["ours"] = ", ".join(f"{letter} = {x} {mean(groups[x]):.3f}" for x in sorted(groups))
         used = ", ".join(preset for preset in presets if any(r["preset"] == preset for r in done))
         row["scale"] = "the paper's" if full else f"{used}, smaller than the paper's"

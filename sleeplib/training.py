@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from . import device as machine
 from .evaluation import evaluate, held_out
-from .experiments import check_int, check_task, get
+from .experiments import check_int, get
 from .model import HybridLM
 from .muon import Muon
 from .sleep import awake_chunks, sleep_forward
 from .tasks import TASKS, stream
 from .tasks.base import IGNORE
+from .tasks.check import check_task
 
 DATA = 0  # the stream of random numbers of training data; it does not depend on N
 SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and AdamW keep of a parameter
@@ -39,16 +40,13 @@ def make_optimizers(model, train):
 
     Notes
     -----
-    Muon's update is scaled by ``sqrt(max(1, rows / columns))``.
-
     Chapter: 11_rule110
     """
     matrices, rest = [], []
     for name, p in model.named_parameters():
         hidden = p.ndim == 2 and name.startswith("layers.") and not name.endswith("conv.weight")
         (matrices if hidden else rest).append(p)
-    decayed = [p for p in rest if p.ndim == 2]
-    plain = [p for p in rest if p.ndim != 2]
+    decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
     muon = Muon(matrices, lr=train.muon_lr, momentum=0.95, weight_decay=train.weight_decay)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=train.adamw_lr, betas=(0.9, 0.95), fused=True)
@@ -78,7 +76,7 @@ def data_hash(*batches):
 
 @contextmanager
 def deferred_interrupt():
-    """Note the first SIGINT or SIGTERM in the list that is yielded, so no step is cut; a second one raises."""
+    """Note the first SIGINT or SIGTERM in the list that is yielded, so no step is cut; a second raises."""
     noted = []
 
     def note(number, frame):
@@ -136,9 +134,8 @@ class Trainer:
         if type(task) not in TASKS.values():
             check_task(task)
         if task.vocab_size != experiment.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size is {experiment.model.vocab_size}; the task has {task.vocab_size} tokens"
-            )
+            wrong = f"model.vocab_size is {experiment.model.vocab_size}"
+            raise ValueError(f"{wrong}; the task has {task.vocab_size} tokens")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             self.model = HybridLM(experiment.model).to(self.device)
@@ -205,17 +202,9 @@ class Trainer:
         train = self.experiment.train
         low = self.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if low else nullcontext():
-            return sleep_forward(
-                self.model,
-                inputs,
-                labels,
-                window=self.experiment.task.window,
-                passes=self.passes,
-                eviction=train.eviction_at(self.step),
-                checkpoint=train.checkpoint,
-                return_logits=False,
-                awake=self.awake,
-            ).loss
+            options = dict(window=self.experiment.task.window, passes=self.passes, awake=self.awake)
+            options |= dict(eviction=train.eviction_at(self.step), checkpoint=train.checkpoint)
+            return sleep_forward(self.model, inputs, labels, return_logits=False, **options).loss
 
     def measure(self):
         """Add an entry to the curve; raise FloatingPointError if a loss is not finite."""
@@ -297,13 +286,8 @@ class Trainer:
 
     def identity(self):
         """What must be the same for a checkpoint to fit."""
-        return dict(
-            preset=self.experiment.name,
-            passes=self.passes,
-            seed=self.seed,
-            config_hash=self.experiment.config_hash(),
-            data_hash=self.data_hash,
-        )
+        of_data = dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
+        return dict(preset=self.experiment.name, passes=self.passes, seed=self.seed) | of_data
 
     def snapshot(self):
         """Everything that a later call needs to go on to the bit: tensors by name, and plain notes."""
@@ -316,27 +300,24 @@ class Trainer:
         return tensors | {"losses": self.losses}, notes | {name: getattr(self, name) for name in names}
 
     def restore(self, tensors, notes):
-        """Go on where a :meth:`snapshot` was taken; ValueError, before anything changes, if it does not fit."""
-        if notes["run"] != self.identity():
-            odd = [k for k, v in self.identity().items() if notes["run"].get(k) != v]
+        """Go on where a :meth:`snapshot` was taken; ValueError, with nothing changed, if it does not fit."""
+        own = self.identity()
+        if odd := [k for k in own if notes["run"].get(k) != own[k]]:
             raise ValueError(f"belongs to another run (differs in {', '.join(odd)})")
         step = check_int("step", notes["step"], 0, self.experiment.train.steps)
         wanted = {f"model.{k}": v.shape for k, v in self.model.state_dict().items()} | {"losses": (2,)}
-        states = []
-        for number, optimizer in enumerate(self.optimizers):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]] if step else []
-            for index, p in enumerate(parameters):
-                for slot in SLOTS[number]:
-                    wanted[f"optimizer.{number}.{index}.{slot}"] = () if slot == "step" else p.shape
-            keys = {i: {s: f"optimizer.{number}.{i}.{s}" for s in SLOTS[number]} for i in range(len(parameters))}
-            states.append(keys)
-        odd = {k for k in wanted.keys() | tensors.keys() if k not in tensors or tensors[k].shape != wanted.get(k)}
-        odd |= {k for k, v in tensors.items() if k.endswith(".step") and v != step}
+        states = [{}, {}]
+        for number, optimizer in enumerate(self.optimizers if step else ()):
+            for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}
+                wanted |= {name: () if slot == "step" else p.shape for slot, name in names.items()}
+                states[number][i] = {slot: tensors.get(name) for slot, name in names.items()}
+        odd = wanted.keys() ^ tensors.keys()
+        odd |= {k for k, v in tensors.items() if v.shape != wanted.get(k) or k.endswith(".step") and v != step}
         if odd:
             raise ValueError(f"does not fit this run at step {step}: {', '.join(sorted(odd)[:3])}")
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        for optimizer, keys in zip(self.optimizers, states):
-            state = {i: {slot: tensors[key] for slot, key in slots.items()} for i, slots in keys.items()}
+        for optimizer, state in zip(self.optimizers, states):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.losses, self.step, self.curve = tensors["losses"].to(self.device), step, notes["curve"]
         self.seconds, self.peak_bytes = notes["seconds"], notes["peak_bytes"]

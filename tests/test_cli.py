@@ -16,7 +16,7 @@ from test_training import TINY
 
 import sleeplib as sl
 from sleeplib import __main__ as command_line
-from sleeplib import records
+from sleeplib import records, reproduce
 from sleeplib.scorecard import judge
 
 
@@ -69,7 +69,7 @@ def test_a_trained_model_is_kept_in_half_precision_once_the_run_is_done(capsys, 
     assert model.head.weight.dtype == torch.float16
     task = sl.tasks.Rule110(width=8, strings=2, steps=6)
     batch = task.batch(4, np.random.default_rng(0), split="test")
-    assert sl.training.evaluate(model.float(), task, batch, passes=2).keys() == task.chance().keys()
+    assert sl.evaluate(model.float(), task, batch, passes=2).keys() == task.chance().keys()
 
 
 def test_run_in_pieces(capsys, tmp_path):
@@ -144,7 +144,7 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     done |= dict(final={"exact": 1.0}, seconds=1.0, device="abacus")
     records.save_record(done, tmp_path)
     records.save_record(done | dict(seed=2, status="stopped after step 3"), tmp_path)
-    with patch.object(command_line.subprocess, "run", start):
+    with patch.object(reproduce.subprocess, "run", start):
         code, out, _ = call(capsys, "reproduce", "rule110", "--out", str(tmp_path), "--jobs", "1")
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
     quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
@@ -155,12 +155,12 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
 def test_jobs_share_the_cores_and_their_children_keep_to_theirs():
     ours = os.sched_getaffinity(0)
     for jobs in (1, len(ours)):
-        found = command_line.shares(jobs)
+        found = reproduce.shares(jobs)
         assert len(found) == jobs and set().union(*found) == ours and sum(map(len, found)) == len(ours)
-    assert command_line.shares(len(ours) + 1) == []
+    assert reproduce.shares(len(ours) + 1) == []
     code = "import os; print(*os.sched_getaffinity(0))"
     (share,) = kept = [{min(ours)}]
-    with ThreadPoolExecutor(1, initializer=command_line.take_a_share, initargs=(kept,)) as pool:
+    with ThreadPoolExecutor(1, initializer=reproduce.pin_to_cores, initargs=(kept,)) as pool:
         child = pool.submit(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
         assert {int(core) for core in child.result().stdout.split()} == share
     assert os.sched_getaffinity(0) == ours  # only that thread was bound

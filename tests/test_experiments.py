@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
-from sleeplib.training import training_flops
+from sleeplib.flops import training_flops
 
 QUICK = sl.experiments.get("rule110-quick")
 

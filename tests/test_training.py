@@ -19,7 +19,7 @@ from tiny import close
 from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
-from sleeplib import records, runs, training
+from sleeplib import checkpoints, evaluation, flops, records, runs, training
 from sleeplib.muon import Muon
 
 SAME = ("curve", "final", "tokens", "data_hash", "config_hash", "status", "chance")
@@ -105,7 +105,7 @@ def test_flops_are_those_of_the_products_that_are_computed(settings, passes):
         layer = trainer.model.layers[1].mixer.conv
         filters = layer.down.weight.numel() + layer.up.weight.numel()
         counted -= 3 * 8 * 2 * filters * (2 * task.width * passes + task.length - 2 * task.width)
-    ours = training.training_flops(experiment, passes)
+    ours = flops.training_flops(experiment, passes)
     assert abs(ours - 3 * 8 * hidden - counted) < 0.02 * counted
 
 
@@ -161,7 +161,7 @@ def test_ctrl_c_finishes_the_step_and_resumes_exactly(tmp_path, where, monkeypat
         if where == "between the optimizers":
             m.setattr(Muon, "step", interrupting(Muon.step, 3))
         elif where == "in the evaluation":
-            m.setattr(training, "evaluate", interrupting(training.evaluate, 1))
+            m.setattr(training, "evaluate", interrupting(evaluation.evaluate, 1))
         else:
             m.setattr(records.os, "fsync", interrupting(os.fsync, 1))
         stopped = train(tmp_path / "cut", experiment)
@@ -355,10 +355,10 @@ def test_workers_draw_the_batches_of_the_seed_also_after_a_resume(tmp_path, work
         whole.run(progress=False)
         for _ in range(2):  # once more in the same process, then in a new one
             first.run(2, progress=False)
-        runs.save_checkpoint(first, tmp_path / "x.safetensors")
+        checkpoints.save_checkpoint(first, tmp_path / "x.safetensors")
         second.train_step()  # a batch of another step was drawn already
         seen.pop()
-        runs.load_checkpoint(second, tmp_path / "x.safetensors")
+        checkpoints.load_checkpoint(second, tmp_path / "x.safetensors")
         second.run(progress=False)
     wanted = [training.training_batch(experiment.task, experiment.train, 3, step) for step in range(7)]
     assert len(seen) == 14
@@ -378,7 +378,7 @@ def test_a_score_is_that_of_all_logits_and_keeps_only_those_of_labels(passes, ev
         sl.tasks.GSMInfinite(**story, window=99),
     ):
         model = sl.HybridLM(sl.ModelConfig(vocab_size=task.vocab_size, **small))
-        batch = training.held_out(task, 20, 0)
+        batch = evaluation.held_out(task, 20, 0)
         options = dict(window=task.window, passes=passes, eviction=eviction)
         with torch.no_grad():
             pieces = [
@@ -387,7 +387,7 @@ def test_a_score_is_that_of_all_logits_and_keeps_only_those_of_labels(passes, ev
             ]
         wanted = task.score(torch.cat(pieces), batch)
         with patch.object(type(task), "score", autospec=True, side_effect=type(task).score) as scored:
-            found = training.evaluate(model, task, batch, passes=passes, eviction=eviction, chunk=7)
+            found = evaluation.evaluate(model, task, batch, passes=passes, eviction=eviction, chunk=7)
         assert found == wanted
         assert scored.call_args.args[1].shape == (int((batch.labels >= 0).sum()), task.vocab_size)
 
@@ -426,7 +426,7 @@ def test_the_recipe_is_one_eviction_then_the_other_also_in_pieces(tmp_path):
     trainer = sl.Trainer(recipe, 2, 0, device="cpu")
     trainer.run(2, progress=False)
     scores = [
-        training.evaluate(trainer.model, recipe.task, trainer.test, passes=2, eviction=e)
+        evaluation.evaluate(trainer.model, recipe.task, trainer.test, passes=2, eviction=e)
         for e in ("sliding", "hard")
     ]
     assert scores[0] == trainer.curve[-1]["metrics"] != scores[1]
@@ -488,15 +488,15 @@ def test_checkpointing_over_windows_changes_no_gradient():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 9])
-def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces):
-    """Also where the pieces differ in size and a row has several labels."""
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_micro_batches_have_the_gradient_of_the_whole(parts):
+    """Also where they differ in size and a row has several labels."""
     gradients, losses = [], []
-    for count in (1, pieces):
-        trainer = sl.Trainer(tiny_experiment(batch=7), 2, 0, device="cpu", pieces=count)
+    for count in (1, parts):
+        trainer = sl.Trainer(tiny_experiment(batch=7), 2, 0, device="cpu", micro_batches=count)
         task, config = trainer.experiment.task, trainer.experiment.train
         batch = training.training_batch(task, config, 0, 0)
-        batch.labels[0, -2] = batch.labels[3, -1] = -100  # pieces with fewer labels count less
+        batch.labels[0, -2] = batch.labels[3, -1] = -100  # parts with fewer labels count less
         losses.append(trainer.forward_backward(batch))
         gradients.append([p.grad for p in trainer.model.parameters()])
     close(losses[1], losses[0], 1e-6)
@@ -520,9 +520,9 @@ def test_bfloat16_trains_with_a_float32_state():
         ("passes must be an int of at least 1; got 0", dict(passes=0)),
         ("passes must be an int of at least 1; got 2.0", dict(passes=2.0)),
         ("passes must be an int of at least 1; got True", dict(passes=True)),
-        ("seed must be an int of at least 0; got -1", dict(seed=-1)),
+        ("seed must be an int in 0 .. 18446744073709551615; got -1", dict(seed=-1)),
         ("stop_after must be an int of at least 1; got 0", dict(stop_after=0)),
-        ("pieces must be an int of at least 1; got 0", dict(pieces=0)),
+        ("micro_batches must be an int in 1 .. 4; got 0", dict(micro_batches=0)),
     ],
 )
 def test_a_bad_call_is_refused(tmp_path, names, options):
