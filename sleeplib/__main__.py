@@ -128,7 +128,7 @@ def parser():
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
     for command in (commands.choices["run"], p):
-        command.add_argument("--overwrite", action="store_true", help="train again where a record is finished")
+        command.add_argument("--overwrite", action="store_true", help="train anew where a record is finished")
         command.add_argument("--keep", metavar="FOLDER", help="save trained models there, in half precision")
     p = add("bench", bench)
     p.add_argument("--repeats", type=int, default=9)

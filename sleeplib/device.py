@@ -61,7 +61,7 @@ class CapturedStep:
         for name in ("inputs", "labels"):
             own, new = getattr(self, name), getattr(batch, name)
             if own.shape != new.shape:
-                raise ValueError(f"batch: {name} were {tuple(own.shape)} when captured; got {tuple(new.shape)}")
+                raise ValueError(f"batch: {name} {tuple(new.shape)}, captured with {tuple(own.shape)}")
             own.copy_(new.pin_memory(), non_blocking=True)
         self.graph.replay()
         return self.loss.clone()

@@ -122,7 +122,7 @@ class Experiment:
     name : str
         Also the folder of its records: letters, digits, spaces and ``.,+=-_``.
     task : Rule110
-        Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes :func:`~sleeplib.tasks.check.check_task`.
+        Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.
     model : ModelConfig
     train : TrainConfig
     passes : tuple of int
@@ -179,7 +179,7 @@ class Experiment:
         ]
 
     def replace(self, settings=None, **fields):
-        """Return a copy with settings changed: ``replace({"train.steps": "300"})``, ``replace(clip=2)``.
+        """Return a copy with settings changed: ``replace({"train.steps": "9"})`` or ``replace(clip=2)``.
 
         Parameters
         ----------

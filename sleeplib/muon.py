@@ -41,8 +41,9 @@ class Muon(torch.optim.Muon):
                     ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
                 options = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
                 update = orthogonalise(torch.stack(ahead), *options)
-                like_adamw = group["adjust_lr_fn"] == "match_rms_adamw"
-                factor = 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1, rows / columns))
+                factor = math.sqrt(max(1, rows / columns))
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    factor = 0.2 * math.sqrt(max(rows, columns))
                 update *= -group["lr"] * factor
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(update.to(matrices[0].dtype).unbind()))

@@ -24,11 +24,7 @@ def checkout():
 
 
 def data_dir():
-    """Folder of the shipped data: the repository's ``data/`` in a checkout, else the package's copy.
-
-    Returns
-    -------
-    pathlib.Path
+    """Folder of the shipped data, a Path: ``data/`` of a checkout, else the package's copy.
 
     Notes
     -----
@@ -39,17 +35,14 @@ def data_dir():
 
 
 def results_dir():
-    """Where runs leave their records: a checkout's ``data/results``, else ``sleeplib-results`` where you are."""
+    """Where runs leave records: ``data/results`` of a checkout, else ``./sleeplib-results``."""
     return data_dir() / "results" if checkout() else Path.cwd() / "sleeplib-results"
 
 
 def kept_model_path(name):
     """Folder of a shipped model, by "rule110-quick/N4-seed0", or by the preset alone where it has only one.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If `name` fits none, or several; the message lists what there is.
+    A FileNotFoundError if `name` fits none, a ValueError if several; both list what there is.
 
     Notes
     -----
@@ -68,18 +61,8 @@ def kept_model_path(name):
 def write_atomically(path, content):
     """Write bytes to `path` so that a reader sees the old file or the new one, never a part.
 
-    What writers of `path` that were killed on this machine have left behind is removed.
-
-    Parameters
-    ----------
-    path : path_like
-        Its folder is made if need be.
-    content : bytes
-
-    Raises
-    ------
-    OSError
-        If the disk is full, say; the old file stands, no temporary file is left.
+    Its folder is made if need be; what writers of `path` that were killed on this machine have left there is
+    removed.  If the disk is full, say, it is an OSError: the old file stands, no temporary one is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +81,12 @@ def write_atomically(path, content):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name, too, outlives a loss of power
+    with suppress(OSError):  # where a folder can be opened, the new name too outlives a loss of power
         folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):
+        try:
             os.fsync(folder)
-        os.close(folder)
+        finally:
+            os.close(folder)
 
 
 def _alive(pid):
@@ -135,15 +119,10 @@ def record_path(preset, passes, seed, out=None):
 def save_record(record, out=None):
     """Write a run record and return its path.
 
-    Raises
-    ------
-    ValueError
-        If a key is missing or unknown, or a number is not finite.
-    OSError
-        If it cannot be written; the message names the file, and an older record stands.
+    A ValueError if a key is missing or unknown, or a number not finite; an OSError, naming the file, if it
+    cannot be written: an older record stands.
     """
-    if set(record) != set(KEYS):
-        odd = sorted(set(record) ^ set(KEYS))
+    if odd := sorted(set(record) ^ set(KEYS)):
         raise ValueError(f"record: missing or unknown keys {odd}")
     path = record_path(record["preset"], record["passes"], record["seed"], out)
     try:
@@ -158,13 +137,7 @@ def save_record(record, out=None):
 
 
 def load_record(path):
-    """Read one run record.
-
-    Raises
-    ------
-    ValueError
-        If the file is not a record.
-    """
+    """Read one run record; a ValueError if the file is none."""
 
     def refuse(word):
         raise ValueError(f"{word} is no JSON number")
@@ -209,21 +182,19 @@ def versions():
     """Versions of what a run depends on."""
     found = {"python": platform.python_version()}
     for name in ("sleeplib", "torch", "numpy", "numba"):
-        try:
+        found[name] = "not installed"
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 
 def commit():
     """The commit of the checkout that sleeplib lies in, and whether the package differs from it.
 
-    (None, None) where sleeplib is installed: the version tells.  ("unknown: ...", None), with the reason, where
-    git is missing or refuses.  A repository that merely surrounds the checkout is not asked.
+    (None, None) where sleeplib is installed: the version tells.  ("unknown: <reason>", None) where git is
+    missing or refuses.  A repository that merely surrounds the checkout is not asked.
     """
-    root = checkout()
-    if root is None:
+    if (root := checkout()) is None:
         return None, None
 
     def git(*args):
@@ -248,9 +219,7 @@ def processor():
     import torch
 
     name = platform.processor() or platform.machine()
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

@@ -33,11 +33,6 @@ def make_optimizers(model, train):
     model : HybridLM
     train : TrainConfig
 
-    Returns
-    -------
-    tuple of torch.optim.Optimizer
-        Muon, AdamW.
-
     Notes
     -----
     Chapter: 11_rule110
@@ -67,11 +62,8 @@ def training_batch(task, train, seed, step):
 
 def data_hash(*batches):
     """Sixteen hex digits of the tokens and labels of some batches."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for x in (batch.inputs, batch.labels):
-            digest.update(x.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
+    tokens = [x.numpy().astype("<i8").tobytes() for batch in batches for x in (batch.inputs, batch.labels)]
+    return hashlib.sha256(b"".join(tokens)).hexdigest()[:16]
 
 
 @contextmanager
@@ -133,16 +125,14 @@ class Trainer:
         self.device = machine.find_device(device)
         if type(task) not in TASKS.values():
             check_task(task)
-        if task.vocab_size != experiment.model.vocab_size:
-            wrong = f"model.vocab_size is {experiment.model.vocab_size}"
-            raise ValueError(f"{wrong}; the task has {task.vocab_size} tokens")
+        if task.vocab_size != (found := experiment.model.vocab_size):
+            raise ValueError(f"model.vocab_size is {found}; the task has {task.vocab_size} tokens")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             self.model = HybridLM(experiment.model).to(self.device)
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
-        # Sum and count of the losses since the last entry.
-        self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
         first = training_batch(task, train, self.seed, 0)
         self.awake = awake_chunks(first.labels, task.window)
         self.test = held_out(task, train.eval_batch, self.seed)
@@ -183,9 +173,8 @@ class Trainer:
         train = self.experiment.train
         if train.graph and self.device.type == "cuda" and self.micro_batches == 1:
             if self.graph is None or self.captured != train.eviction_at(self.step):
-                self.graph = None  # let go of the old one's memory first
-                options = self.loss, self.model.parameters(), batch, self.device
-                self.graph, self.captured = machine.CapturedStep(*options), train.eviction_at(self.step)
+                self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
+                self.graph = machine.CapturedStep(self.loss, self.model.parameters(), batch, self.device)
             return self.graph(batch)
         for p in self.model.parameters():
             p.grad = None
@@ -213,9 +202,8 @@ class Trainer:
         self.losses.zero_()
         if not math.isfinite(total):
             raise FloatingPointError(f"loss is not finite near step {self.step}")
-        tokens = self.step * train.batch * task.length
-        entry = dict(step=self.step, tokens=tokens, loss=total / count, metrics=self.evaluate(self.test))
-        self.curve.append(entry)
+        entry = dict(step=self.step, tokens=self.step * train.batch * task.length, loss=total / count)
+        self.curve.append(entry | dict(metrics=self.evaluate(self.test)))
 
     def evaluate(self, batch):
         """Score on held-out data, with the eviction that training ends with."""
@@ -246,9 +234,8 @@ class Trainer:
         is called without arguments every ``save_every`` steps and at the end of the call.
         """
         train = self.experiment.train
-        end = train.steps
-        if stop_after is not None:
-            end = min(end, self.step + check_int("stop_after", stop_after, 1))
+        more = train.steps if stop_after is None else check_int("stop_after", stop_after, 1)
+        end = min(train.steps, self.step + more)
         name = f"{self.experiment.name} N={self.passes} seed={self.seed}"
         bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=None if progress else True)
         began, status = time.perf_counter(), None
@@ -279,8 +266,7 @@ class Trainer:
         return status or "done"
 
     def _clock(self, began):
-        now = time.perf_counter()
-        self.seconds += now - began
+        self.seconds += (now := time.perf_counter()) - began
         self.peak_bytes = max(self.peak_bytes, machine.peak_bytes(self.device))
         return now
 
@@ -313,7 +299,8 @@ class Trainer:
                 wanted |= {name: () if slot == "step" else p.shape for slot, name in names.items()}
                 states[number][i] = {slot: tensors.get(name) for slot, name in names.items()}
         odd = wanted.keys() ^ tensors.keys()
-        odd |= {k for k, v in tensors.items() if v.shape != wanted.get(k) or k.endswith(".step") and v != step}
+        odd |= {k for k, v in tensors.items() if v.shape != wanted.get(k)}
+        odd |= {k for k, v in tensors.items() if k.endswith(".step") and v != step}
         if odd:
             raise ValueError(f"does not fit this run at step {step}: {', '.join(sorted(odd)[:3])}")
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})

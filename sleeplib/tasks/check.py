@@ -14,8 +14,8 @@ def check_task(task, count=8):
     Parameters
     ----------
     task : object
-        With ``vocab_size``, ``window``, ``length``, ``batch(count, rng, split)``, ``score(logits, batch)`` and
-        ``chance()``, as :class:`Rule110` has them.
+        With ``vocab_size``, ``window``, ``length``, ``batch(count, rng, split)``, ``score(logits, batch)``
+        and ``chance()``, as :class:`Rule110` has them.
     count : int
         Sequences to draw of each split.
 
