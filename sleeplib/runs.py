@@ -81,9 +81,8 @@ def run(
     """
     experiment = get(experiment)
     passes, seed = check_int("passes", passes, 1), check_int("seed", seed, 0, 2**64 - 1)
-    for name, value in (("stop_after", stop_after), ("threads", threads)):
-        if value is not None:
-            check_int(name, value, 1)
+    stop_after = stop_after if stop_after is None else check_int("stop_after", stop_after, 1)
+    threads = threads if threads is None else check_int("threads", threads, 1)
     path = records.record_path(experiment.name, passes, seed, out)
     checkpoint = path.with_suffix(".safetensors")
     kept = None if keep is None else Path(keep) / path.parent.name / path.stem
@@ -102,7 +101,7 @@ def run(
         if folder is not None:
             records.check_writable(name, folder)
     command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
-    command += f" --micro-batches {micro_batches}" * (micro_batches > 1)
+    command += f" --micro-batches {micro_batches}" * (trainer.micro_batches > 1)
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {change}" for change in experiment.changes())
     with thread_count(threads or found.get("threads")):
