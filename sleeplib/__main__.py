@@ -56,8 +56,8 @@ def summary(record):
 
 def reproduce(args):
     """Run every N and seed of a task's presets that has no finished record yet, `jobs` at a time."""
-    options = {name: getattr(args, name) for name in ("scale", "seeds", "jobs", "overwrite", "out", "keep")}
-    chosen, codes = reproduce_all(args.task, **options)
+    names = "task scale seeds jobs overwrite out keep"
+    chosen, codes = reproduce_all(**{name: getattr(args, name) for name in names.split()})
     for experiment in chosen:
         for record in records.load_records(experiment.name, out=args.out):
             print(summary(record))
@@ -110,12 +110,10 @@ def parser():
     add("scorecard", scorecard)
     p = add("sample", sample)
     p.add_argument("task", choices=tasks.TASKS)
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=("train", "test"), default="train")
     p = add("run", run)
     p.add_argument("preset")
     p.add_argument("--passes", type=int, required=True, help="N, sleep passes")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
     p.add_argument("--stop-after", type=int, metavar="STEPS", help="stop after so many steps more")
@@ -127,14 +125,16 @@ def parser():
     p.add_argument("--scale", choices=("quick", "small", "paper", "ablation"), default="quick")
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
-    for command in (commands.choices["run"], p):
-        command.add_argument("--overwrite", action="store_true", help="train anew where a record is finished")
-        command.add_argument("--keep", metavar="FOLDER", help="save trained models there, in half precision")
-    p = add("bench", bench)
-    p.add_argument("--repeats", type=int, default=9)
+    add("bench", bench).add_argument("--repeats", type=int, default=9)
     add("doctor", doctor)
-    for name in ("list", "scorecard", "run", "reproduce"):
-        commands.choices[name].add_argument("--out", help=f"folder of the records (default: {OUT})")
+    for names, flag, options in (
+        ("sample run", "--seed", dict(type=int, default=0)),
+        ("run reproduce", "--overwrite", dict(action="store_true", help="train anew what is finished")),
+        ("run reproduce", "--keep", dict(metavar="FOLDER", help="for trained models, in half precision")),
+        ("list scorecard run reproduce", "--out", dict(help=f"folder of the records (default: {OUT})")),
+    ):
+        for name in names.split():
+            commands.choices[name].add_argument(flag, **options)
     return top
 
 

@@ -22,14 +22,11 @@ class CapturedStep:
     parameters : iterable of torch.nn.Parameter
         What gets the gradients; the optimizers stay outside the graph, where their rates may change.
     batch : Batch
-        Gives the shapes.
+        Gives the shapes; one of another shape is refused: a copy into the graph would broadcast it.
     device : torch.device
-        One CUDA device, the current one or another.
 
     Notes
     -----
-    A call with a batch of another shape is a ValueError: a copy into the graph's tensors would broadcast.
-
     Chapter: 11_rule110
     """
 
@@ -40,8 +37,7 @@ class CapturedStep:
         def forward_backward():
             for p in parameters:
                 p.grad = None
-            value = loss(self.inputs, self.labels)
-            value.backward()
+            (value := loss(self.inputs, self.labels)).backward()
             return value.detach()
 
         with torch.cuda.device(device):  # streams and graphs belong to the current device
@@ -123,8 +119,8 @@ def tune_malloc(size=2**30 - 2**22):
     pointer, count = ctypes.c_void_p, ctypes.c_size_t
     c.malloc.restype, c.malloc.argtypes, c.free.argtypes = pointer, [count], [pointer]
     c.madvise.argtypes = [pointer, count, ctypes.c_int]
-    block = c.malloc(size)  # only addresses: untouched, it takes no memory; freed, it stays the heap's top
-    if block:
+    # Only addresses: untouched, the block takes no memory; freed, it stays the heap's top.
+    if block := c.malloc(size):
         page = mmap.PAGESIZE
         start = -(-block // page) * page
         c.madvise(start, (block + size - start) // page * page, mmap.MADV_HUGEPAGE)

@@ -22,18 +22,13 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
     ----------
     model : HybridLM
     task : Rule110
-        Any task of :mod:`sleeplib.tasks`, or one of your own.
+        Any task of :mod:`sleeplib.tasks`, or one of your own; its ``score`` is returned.
     batch : Batch
     passes : int
         N; need not be the N of training.
     eviction : {"hard", "keys", "sliding"}
     chunk : int
         Sequences at a time.
-
-    Returns
-    -------
-    dict of str to float
-        See the task's ``score``.
 
     Notes
     -----

@@ -33,10 +33,8 @@ class TrainConfig:
 
     Parameters
     ----------
-    steps : int
-        Optimizer steps.
-    batch : int
-        Sequences a step.
+    steps, batch : int
+        Optimizer steps, and sequences a step.
     muon_lr, adamw_lr : float
         Learning rates of the hidden matrices and of everything else.
     warmup, decay : int
@@ -53,12 +51,10 @@ class TrainConfig:
         bfloat16 runs matrix products under autocast where the GPU has them; the state stays float32.
     graph : bool
         On CUDA, capture forward and backward as one CUDA graph.
-    eval_every : int
-        Steps between evaluations on held-out data.
+    eval_every, save_every : int
+        Steps between evaluations on held-out data, and between checkpoints.
     eval_batch : int
         Held-out sequences, the same every time; the final score uses 8 times as many.
-    save_every : int
-        Steps between checkpoints of a run.
 
     Raises
     ------
@@ -125,10 +121,8 @@ class Experiment:
         Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.
     model : ModelConfig
     train : TrainConfig
-    passes : tuple of int
-        The N that are compared.
-    seeds : tuple of int
-        The seeds of the recorded runs.
+    passes, seeds : tuple of int
+        The N that are compared, the seeds of the recorded runs.
     about : str
         One line for the command line.
 
@@ -171,27 +165,16 @@ class Experiment:
         """Settings that differ from the preset of this name, as ``--set`` takes them."""
         new = self.config()
         old = PRESETS[self.name].config() if self.name in PRESETS else new
-        return [
-            f"{part}.{key}={json.dumps(value) if not isinstance(value, str) else value}"
-            for part, values in new.items()
-            for key, value in values.items()
-            if value != old[part].get(key)
-        ]
+        pairs = [(part, key, value) for part, values in new.items() for key, value in values.items()]
+        changed = [(part, key, value) for part, key, value in pairs if value != old[part].get(key)]
+        return [f"{p}.{k}={v if isinstance(v, str) else json.dumps(v)}" for p, k, v in changed]
 
     def replace(self, settings=None, **fields):
         """Return a copy with settings changed: ``replace({"train.steps": "9"})`` or ``replace(clip=2)``.
 
-        Parameters
-        ----------
-        settings : dict of str to (str or value), optional
-            By part and field.  Strings are read as the field's type.
-        **fields
-            By field alone, where only one of task, model and train has it.
-
-        Raises
-        ------
-        ValueError
-            On an unknown or ambiguous key or a value of the wrong type; the message names it.
+        `settings` go by part and field, `fields` by the field alone, where only one of task, model and train
+        has it.  Strings are read as the field's type.  An unknown or ambiguous key and a value of another
+        type are a ValueError that names it.
         """
         parts = {name: getattr(self, name) for name in ("task", "model", "train")}
         hints = {name: typing.get_type_hints(type(part)) for name, part in parts.items()}
@@ -206,10 +189,9 @@ class Experiment:
         changed = {}
         for key, value in settings.items():
             part, _, name = key.partition(".")
-            if part not in parts:
-                raise ValueError(f"{key}: settings begin with task., model. or train.")
-            if name not in hints[part]:
-                raise ValueError(f"{key}: unknown; {part} has {', '.join(hints[part])}")
+            if name not in hints.get(part, ()):
+                known = f"unknown; {part} has {', '.join(hints[part])}" if part in hints else None
+                raise ValueError(f"{key}: {known or 'settings begin with task., model. or train.'}")
             changed.setdefault(part, {})[name] = _read(key, value, hints[part][name])
         new = {part: dataclasses.replace(parts[part], **values) for part, values in changed.items()}
         return dataclasses.replace(self, **new)
@@ -225,10 +207,8 @@ def _read(key, value, hint):
         except ValueError:
             if str not in allowed:
                 raise ValueError(f"{key}: cannot read {value!r} as {kind}") from None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, list):
-        value = tuple(value)
+    value = value.item() if isinstance(value, np.generic) else value
+    value = tuple(value) if isinstance(value, list) else value
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     plain = tuple(typing.get_origin(t) or t for t in allowed)
@@ -238,20 +218,11 @@ def _read(key, value, hint):
 
 
 def get(name):
-    """Look up a preset.
+    """Look up an Experiment by name; an Experiment comes back as it is, an unknown name is a ValueError.
 
-    Parameters
-    ----------
-    name : str
-        ``<task>-quick`` (CPU, minutes), ``<task>-small`` (one GPU, minutes) or ``<task>-paper``; see
-        ``sleeplib list``.  An Experiment comes back as it is.  Any other name is a ValueError.
+    Names are ``<task>-quick`` (CPU, minutes), ``<task>-small`` (one GPU, minutes), ``<task>-paper``; see
+    ``sleeplib list``.
 
-    Returns
-    -------
-    Experiment
-
-    Notes
-    -----
     Chapter: 11_rule110
     """
     if isinstance(name, Experiment):

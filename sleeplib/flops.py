@@ -20,10 +20,6 @@ def training_flops(experiment, passes):
     passes : int
         N; windows with labels are read once.
 
-    Returns
-    -------
-    float
-
     Notes
     -----
     Chapter: 11_rule110

@@ -10,10 +10,9 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-KEYS = (
-    "preset passes seed config config_hash command commit dirty data_hash versions device dtype seconds "
-    "peak_bytes tokens curve chance final status"
-).split()
+KEYS = "preset passes seed config config_hash command commit dirty data_hash versions device dtype".split()
+KEYS += "seconds peak_bytes tokens curve chance final status".split()
+LIBRARIES = ("sleeplib", "torch", "numpy", "numba")
 
 
 def checkout():
@@ -26,8 +25,6 @@ def checkout():
 def data_dir():
     """Folder of the shipped data, a Path: ``data/`` of a checkout, else the package's copy.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
     root = checkout()
@@ -44,8 +41,6 @@ def kept_model_path(name):
 
     A FileNotFoundError if `name` fits none, a ValueError if several; both list what there is.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
     root = data_dir() / "checkpoints"
@@ -164,10 +159,6 @@ def load_records(preset, passes=None, out=None):
         ``data/results``; where sleeplib is installed, a run of your own in ``./sleeplib-results`` stands in
         for the shipped one with its N and seed.
 
-    Returns
-    -------
-    list of dict
-
     Notes
     -----
     Chapter: 11_rule110
@@ -175,14 +166,13 @@ def load_records(preset, passes=None, out=None):
     folders = [data_dir() / "results", results_dir()] if out is None else [Path(out)]
     found = {path.name: path for folder in folders for path in (folder / preset).glob("N*-seed*.json")}
     records = sorted(map(load_record, found.values()), key=lambda r: (r["passes"], r["seed"]))
-    return [r for r in records if passes is None or r["passes"] == passes]
+    return [r for r in records if passes in (None, r["passes"])]
 
 
 def versions():
     """Versions of what a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("sleeplib", "torch", "numpy", "numba"):
-        found[name] = "not installed"
+    found = {"python": platform.python_version()} | dict.fromkeys(LIBRARIES, "not installed")
+    for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

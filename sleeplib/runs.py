@@ -39,13 +39,8 @@ def run(
 
     Parameters
     ----------
-    experiment : Experiment or str
-        Or a preset's name.
-    passes : int
-        N.
-    seed : int
-    device : str
-        "auto", "cpu", "cuda", or one CUDA device.
+    experiment, passes, seed, device, micro_batches
+        As :class:`Trainer` takes them.
     out : path_like, optional
         Folder of the records.  If absent, ``data/results`` of the checkout that sleeplib lies in; where
         sleeplib is installed, ``sleeplib-results`` in the current folder.
@@ -57,8 +52,6 @@ def run(
         Stop after that many steps more; the checkpoint stays for the next call.
     keep : path_like, optional
         Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
-    micro_batches : int
-        Parts in which a batch is read, where all of it does not fit into memory.
     threads : int, optional
         For PyTorch, while the run lasts.  If absent, those of the checkpoint, or as many as it has.
     progress : bool

@@ -21,7 +21,7 @@ def judge(claim, out=None):
     claim : dict
         An entry of ``data/paper/claims.json``; `presets` lists what can bear on it, the paper's own first.
     out : path_like, optional
-        Folder of the records.
+        As in :func:`load_records`.
 
     Returns
     -------
@@ -60,8 +60,6 @@ def judge(claim, out=None):
 def scorecard(out=None):
     """Judge every claim of ``data/paper/claims.json``: a list of the dicts of :func:`judge`.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
     claims = json.loads((data_dir() / "paper" / "claims.json").read_text())

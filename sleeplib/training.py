@@ -28,13 +28,6 @@ SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and
 def make_optimizers(model, train):
     """Muon for the hidden matrices, AdamW for embeddings, head, norms, biases, filters and decay rates.
 
-    Parameters
-    ----------
-    model : HybridLM
-    train : TrainConfig
-
-    Notes
-    -----
     Chapter: 11_rule110
     """
     matrices, rest = [], []
@@ -76,10 +69,10 @@ def deferred_interrupt():
             raise KeyboardInterrupt
         noted.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread only
-        yield noted
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Signals go to the main thread only; another one may not even ask for them.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield noted
     finally:
@@ -94,10 +87,8 @@ class Trainer:
     ----------
     experiment : Experiment or str
         Or a preset's name.
-    passes : int
-        N.
-    seed : int
-        Of the weights and of the data, below 2**64.
+    passes, seed : int
+        N; the seed of the weights and of the data, below 2**64.
     device : str
         "auto", "cpu", "cuda", or one CUDA device.
     micro_batches : int
@@ -108,7 +99,6 @@ class Trainer:
     ----------
     model : HybridLM
     step : int
-        Steps done.
     curve : list of dict
         Step, tokens, training loss since the entry before, held-out metrics.
 
@@ -140,8 +130,8 @@ class Trainer:
         low = train.precision == "bfloat16" and machine.runs_bfloat16(self.device)
         self.precision = "bfloat16" if low else "float32"  # that runs, not that was asked for
         self.workers = 0 if self.device.type == "cpu" else min(4, len(machine.cores()))
-        self.batches, self.drawn = None, None  # batches drawn ahead, and the step that the next one is for
-        self.graph, self.captured = None, None  # a captured step, and its eviction
+        self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
+        self.graph = self.captured = None  # a captured step, and its eviction
 
     def train_step(self, measure=False):
         """One step of the loop: draw, loss and gradient, clip, update; if asked, measure where it is due."""
@@ -200,8 +190,7 @@ class Trainer:
         task, train = self.experiment.task, self.experiment.train
         total, count = self.losses.tolist()
         self.losses.zero_()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"loss is not finite near step {self.step}")
+        self.demand_finite("loss is", total)
         entry = dict(step=self.step, tokens=self.step * train.batch * task.length, loss=total / count)
         self.curve.append(entry | dict(metrics=self.evaluate(self.test)))
 
@@ -211,9 +200,13 @@ class Trainer:
         options = dict(passes=self.passes, eviction=train.eviction_at(train.steps))
         with self.diverging():
             scores = evaluate(self.model, self.experiment.task, batch, **options)
-        if not all(map(math.isfinite, scores.values())):
-            raise FloatingPointError(f"held-out scores are not finite near step {self.step}")
+        self.demand_finite("held-out scores are", *scores.values())
         return scores
+
+    def demand_finite(self, what, *values):
+        """Raise FloatingPointError unless all values are finite."""
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(f"{what} not finite near step {self.step}")
 
     @contextmanager
     def diverging(self):
@@ -243,15 +236,14 @@ class Trainer:
             try:
                 while self.step < end and not noted:
                     self.train_step(measure=True)
-                    if self.curve and self.curve[-1]["step"] == self.step:
+                    if self.curve:
                         scores = self.curve[-1]["metrics"]
-                        bar.set_postfix(loss=f"{scores['loss']:.3f}", exact=f"{scores['exact']:.3f}")
+                        bar.set_postfix(loss=scores["loss"], exact=scores["exact"], refresh=False)
                     bar.update()
                     if save and self.step % train.save_every == 0 and self.step < end:
                         began = self._clock(began)
                         save()
-                if not self.losses.isfinite().all():
-                    raise FloatingPointError(f"loss is not finite near step {self.step}")
+                self.demand_finite("loss is", *self.losses.tolist())
                 if self.step < train.steps:
                     how = "terminated" if signal.SIGTERM in noted else "interrupted" if noted else "stopped"
                     status = f"{how} after step {self.step}"
@@ -272,8 +264,8 @@ class Trainer:
 
     def identity(self):
         """What must be the same for a checkpoint to fit."""
-        of_data = dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
-        return dict(preset=self.experiment.name, passes=self.passes, seed=self.seed) | of_data
+        own = dict(preset=self.experiment.name, passes=self.passes, seed=self.seed)
+        return own | dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
 
     def snapshot(self):
         """Everything that a later call needs to go on to the bit: tensors by name, and plain notes."""
@@ -281,9 +273,9 @@ class Trainer:
         for number, optimizer in enumerate(self.optimizers):
             for index, slots in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
-        names = ("step", "curve", "seconds", "peak_bytes")
-        notes = dict(run=self.identity(), threads=torch.get_num_threads())
-        return tensors | {"losses": self.losses}, notes | {name: getattr(self, name) for name in names}
+        notes = dict(run=self.identity(), threads=torch.get_num_threads(), step=self.step, curve=self.curve)
+        notes |= dict(seconds=self.seconds, peak_bytes=self.peak_bytes)
+        return tensors | {"losses": self.losses}, notes
 
     def restore(self, tensors, notes):
         """Go on where a :meth:`snapshot` was taken; ValueError, with nothing changed, if it does not fit."""
@@ -298,10 +290,8 @@ class Trainer:
                 names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}
                 wanted |= {name: () if slot == "step" else p.shape for slot, name in names.items()}
                 states[number][i] = {slot: tensors.get(name) for slot, name in names.items()}
-        odd = wanted.keys() ^ tensors.keys()
-        odd |= {k for k, v in tensors.items() if v.shape != wanted.get(k)}
-        odd |= {k for k, v in tensors.items() if k.endswith(".step") and v != step}
-        if odd:
+        odd = wanted.keys() - tensors.keys() | {k for k, v in tensors.items() if v.shape != wanted.get(k)}
+        if odd := odd | {k for k, v in tensors.items() if k.endswith(".step") and v != step}:
             raise ValueError(f"does not fit this run at step {step}: {', '.join(sorted(odd)[:3])}")
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         for optimizer, state in zip(self.optimizers, states):
