@@ -5,7 +5,7 @@ import mmap
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -67,14 +67,11 @@ def find_device(name):
     """Look up "auto", "cpu", "cuda", or one CUDA device by name or number; ValueError if there is no such."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = ("cuda" if count else "cpu") if str(name) == "auto" else str(name)
-    try:
+    with suppress(RuntimeError):
         device = torch.device(f"cuda:{wanted}" if wanted.isdecimal() else wanted)
-    except RuntimeError:
-        device = None
-    index = (device and device.index) or 0
-    if device is None or device.type != "cpu" and (device.type != "cuda" or index >= count):
-        raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
-    return device
+        if device.type == "cpu" or device.type == "cuda" and (device.index or 0) < count:
+            return device
+    raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
 
 
 def runs_bfloat16(device):

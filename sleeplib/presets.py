@@ -45,8 +45,7 @@ for t in (4, 8, 10, 12, 14, 16):
     settings = {"task.steps": t, "train.steps": 782, "train.eval_every": 20, "train.save_every": 200}
     _vary("rule110-paper", f"rule110-paper-2a-t{t}", settings, about, passes=(1,))
 about = "the paper's model and rings at t = 12, 80 M tokens; one GPU; smaller than the paper's"
-settings = {"task.steps": 12, "train.steps": 1600, "train.decay": 320}
-settings |= {"train.eval_every": 50, "train.save_every": 200}
+settings |= {"task.steps": 12, "train.steps": 1600, "train.decay": 320, "train.eval_every": 50}
 _vary("rule110-paper", "rule110-small", settings, about, passes=(1, 2, 4), seeds=(0, 1, 2))
 
 task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2, fewest=5)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import torch
 
@@ -27,9 +28,8 @@ def pin_to_cores(left):
 def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, out=None, keep=None):
     """Run every N and seed of ``<task>-<scale>`` and its variants that has no finished record yet.
 
-    Up to `jobs` run at a time; one a core, or one on a GPU, if absent.  `seeds` are those of the presets if
-    absent; `overwrite`, `out` and `keep` are as in :func:`sleeplib.run`.  Returns the experiments, and the
-    exit code of each run.
+    At most `jobs` at a time (if absent one a core, or one on a GPU), for `seeds` (if absent the presets');
+    `overwrite`, `out` and `keep` as in :func:`sleeplib.run`.  Returns the experiments and the exit codes.
     """
     name = f"{task}-{scale}"
     chosen = [e for n, e in PRESETS.items() if n == name or n.startswith(f"{name}-")]
@@ -41,13 +41,15 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
     for experiment in chosen:
         found = records.load_records(experiment.name, out=out or records.results_dir())
         finished = {(r["passes"], r["seed"]) for r in found if r["status"] == "done" and not overwrite}
-        for seed in experiment.seeds if seeds is None else seeds:
-            for n in sorted(experiment.passes, reverse=True):
-                command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]
-                command += ["--passes", str(n), "--seed", str(seed)] + ["--overwrite"] * overwrite
-                for option, value in (("--out", out), ("--keep", keep)):
-                    command += [option, str(value)] if value else []
-                commands += [] if (n, seed) in finished else [command]
+        wanted = product(experiment.seeds if seeds is None else seeds, sorted(experiment.passes)[::-1])
+        for seed, n in wanted:
+            if (n, seed) in finished:
+                continue
+            command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]
+            command += ["--passes", str(n), "--seed", str(seed)] + ["--overwrite"] * overwrite
+            for option, value in (("--out", out), ("--keep", keep)):
+                command += [option, str(value)] if value else []
+            commands.append(command)
     with ThreadPoolExecutor(jobs, initializer=pin_to_cores, initargs=(shares(jobs),)) as pool:
         futures = [pool.submit(subprocess.run, command, env=environment) for command in commands]
         try:

@@ -32,8 +32,19 @@ def make_record(trainer, status, command, commit, dirty):
 
 
 def run(
-    experiment, passes, seed=0, device="auto", out=None, *, resume=False, overwrite=False, stop_after=None,
-    keep=None, micro_batches=1, threads=None, progress=True
+    experiment,
+    passes,
+    seed=0,
+    device="auto",
+    out=None,
+    *,
+    resume=False,
+    overwrite=False,
+    stop_after=None,
+    keep=None,
+    micro_batches=1,
+    threads=None,
+    progress=True,
 ):
     """Train one preset with one N and one seed, and write its record.
 

@@ -14,22 +14,11 @@ MARGIN = 0.02  # two standard errors of the difference of two accuracies, on 4,0
 
 
 def judge(claim, out=None):
-    """Judge one claim by the largest preset that has finished runs to compare.
+    """Judge one claim, an entry of ``data/paper/claims.json``, by the largest preset with runs to compare.
 
-    Parameters
-    ----------
-    claim : dict
-        An entry of ``data/paper/claims.json``; `presets` lists what can bear on it, the paper's own first.
-    out : path_like, optional
-        As in :func:`load_records`.
+    Its `presets` list what can bear on it, the paper's own first; `out` is as in :func:`load_records`.  Gives
+    a dict of ``figure``, ``claim``, ``paper``, ``ours``, ``scale``, ``seeds``, ``device`` and ``verdict``.
 
-    Returns
-    -------
-    dict
-        ``figure``, ``claim``, ``paper``, ``ours``, ``scale``, ``seeds``, ``device``, ``verdict``.
-
-    Notes
-    -----
     Chapter: 11_rule110
     """
     row = {key: claim[key] for key in ("figure", "claim", "paper")}

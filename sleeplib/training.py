@@ -196,10 +196,10 @@ class Trainer:
 
     def evaluate(self, batch):
         """Score on held-out data, with the eviction that training ends with."""
-        train = self.experiment.train
-        options = dict(passes=self.passes, eviction=train.eviction_at(train.steps))
+        task, train = self.experiment.task, self.experiment.train
         with self.diverging():
-            scores = evaluate(self.model, self.experiment.task, batch, **options)
+            last = train.eviction_at(train.steps)
+            scores = evaluate(self.model, task, batch, passes=self.passes, eviction=last)
         self.demand_finite("held-out scores are", *scores.values())
         return scores
 

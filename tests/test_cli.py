@@ -103,7 +103,9 @@ def test_a_finished_run_is_replaced_only_when_told_to(capsys, tmp_path):
     code, out, err = call(capsys, *tiny_run(tmp_path, "--stop-after", "1"))
     assert code == 2 and not out and len(err.splitlines()) == 1 and "--overwrite" in err
     assert ": done; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--resume"))[1]
-    assert ": stopped after step 1; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--overwrite"))[1]
+    assert (
+        ": stopped after step 1; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--overwrite"))[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,14 @@ def test_a_short_trial_needs_no_other_warmup():
 
 
 def test_numbers_of_numpy_are_plain_numbers():
-    found = QUICK.replace({"train.batch": np.int64(16), "train.clip": np.float32(0.5), "task.width": np.int8(9)})
+    found = QUICK.replace(
+        {"train.batch": np.int64(16), "train.clip": np.float32(0.5), "task.width": np.int8(9)}
+    )
     assert found == QUICK.replace({"train.batch": 16, "train.clip": 0.5, "task.width": 9})
-    assert found.config_hash() == QUICK.replace({"train.batch": 16, "train.clip": 0.5, "task.width": 9}).config_hash()
+    assert (
+        found.config_hash()
+        == QUICK.replace({"train.batch": 16, "train.clip": 0.5, "task.width": 9}).config_hash()
+    )
     train = dataclasses.replace(QUICK.train, batch=np.int64(16), clip=2)
     assert type(train.batch) is int and type(train.clip) is float
 
@@ -212,7 +217,9 @@ def test_a_name_that_is_no_folder_is_refused(name):
 
 
 def test_settings_may_be_named_by_field_alone_where_that_is_clear():
-    assert QUICK.replace(clip=2, pattern="gaga") == QUICK.replace({"train.clip": 2.0, "model.pattern": "gaga"})
+    assert QUICK.replace(clip=2, pattern="gaga") == QUICK.replace(
+        {"train.clip": 2.0, "model.pattern": "gaga"}
+    )
     assert QUICK.replace({"train.steps": 9}, batch="7") == QUICK.replace({"train.steps": 9, "train.batch": 7})
     with pytest.raises(ValueError, match=r"^steps: ambiguous; write one of task.steps, train.steps"):
         QUICK.replace(steps=100)
@@ -299,14 +306,26 @@ def repeated(batch):
         (Parity(window=0), "window must be an int of at least 1; got 0"),
         (Parity(length=True), "length must be an int of at least 1; got True"),
         (batch_with(lambda b: (b.inputs, b.labels)), "inputs must be an int64 tensor .*; got NoneType"),
-        (batch_with(lambda b: b._replace(labels=b.labels.int())), r"labels must be .*got torch.int32 \(8, 12\)"),
-        (batch_with(lambda b: b._replace(labels=b.labels[:, 1:])), r"labels must be .*got torch.int64 \(8, 11\)"),
+        (
+            batch_with(lambda b: b._replace(labels=b.labels.int())),
+            r"labels must be .*got torch.int32 \(8, 12\)",
+        ),
+        (
+            batch_with(lambda b: b._replace(labels=b.labels[:, 1:])),
+            r"labels must be .*got torch.int64 \(8, 11\)",
+        ),
         (batch_with(lambda b: b._replace(inputs=b.inputs + 1)), "inputs must lie in 0 .. 3; got 1 .. 4"),
-        (batch_with(lambda b: b._replace(labels=b.labels.clamp(min=-1))), "labels must lie in .*; got -1 .. 1"),
+        (
+            batch_with(lambda b: b._replace(labels=b.labels.clamp(min=-1))),
+            "labels must lie in .*; got -1 .. 1",
+        ),
         (batch_with(lambda b: b._replace(labels=b.labels.clamp(max=-100))), "labels are -100 everywhere"),
         (batch_with(repeated), "labels repeat the token"),
         (batch_with(shuffled), "labels: rows disagree about which windows of 6 tokens"),
-        (batch_with(lambda b: b._replace(inputs=torch.randint(3, b.inputs.shape))), "inputs must follow from"),
+        (
+            batch_with(lambda b: b._replace(inputs=torch.randint(3, b.inputs.shape))),
+            "inputs must follow from",
+        ),
         (batch_with(lambda b: b._replace(groups=b.labels[0])), "groups must be None or as labels"),
         (changed(score=lambda self, logits, batch: dict(loss=0.0)), "score must give exact, token; got loss"),
         (changed(chance=lambda self: dict(loss=0.0, token=1.0)), "chance must give exact; got loss, token"),
@@ -324,7 +343,9 @@ def test_a_task_that_cannot_be_recorded_is_refused():
         sl.run(own(bare()), 2, device="cpu")
     with pytest.raises(ValueError, match="^task: the fields of .*Parity must be plain data: Out of range"):
         own(Parity(shift=math.inf)).config()
-    with pytest.raises(TypeError, match="^task: the fields of .*Parity must be plain data: Object of type set"):
+    with pytest.raises(
+        TypeError, match="^task: the fields of .*Parity must be plain data: Object of type set"
+    ):
         own(Parity(shift={1})).config()
 
 

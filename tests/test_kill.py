@@ -1,7 +1,8 @@
 """Runs that are killed at any moment, and what their records say in the end.
 
-``python tests/test_kill.py --kills 50 --terms 20`` is the long form: it prints how often the record of a run that was
-killed (-9) or terminated again and again was that of a run left alone, to the bit, and what was lost or left over.
+``python tests/test_kill.py --kills 50 --terms 20`` is the long form: it prints how often the record of a run
+that was killed (-9) or terminated again and again was that of a run left alone, to the bit, and what was lost
+or left over.
 """
 
 import argparse
@@ -121,7 +122,9 @@ def main():
                 continue
             same += record == wanted
             stray += len(set(found) - set(files))
-    print(f"{hits} signals in {runs} runs: {same} records the same to the bit, {lost} lost, {stray} stray files")
+    print(
+        f"{hits} signals in {runs} runs: {same} records the same to the bit, {lost} lost, {stray} stray files"
+    )
     return int(same != runs or lost or stray)
 
 

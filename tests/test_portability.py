@@ -1,4 +1,4 @@
-"""The library where parts of Unix, of glibc or of git are missing: all simulated, each in a process of its own."""
+"""The library where parts of Unix, glibc or git are missing: all simulated, each in a process of its own."""
 
 import os
 import subprocess

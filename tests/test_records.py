@@ -152,7 +152,11 @@ def test_an_installed_package_reads_the_shipped_records_and_its_users_own(tmp_pa
     shipped, own = records.data_dir() / "results", tmp_path / "sleeplib-results"
     for seed, out in ((0, shipped), (1, shipped), (1, own), (2, None)):
         records.save_record(record(1, seed, command=f"{out == shipped}"), out)
-    assert [(r["seed"], r["command"]) for r in sl.load_records("p")] == [(0, "True"), (1, "False"), (2, "False")]
+    assert [(r["seed"], r["command"]) for r in sl.load_records("p")] == [
+        (0, "True"),
+        (1, "False"),
+        (2, "False"),
+    ]
     assert len(sl.load_records("p", out=shipped)) == 2
     assert not any("site" in path.parts for path in own.rglob("*"))
 
@@ -175,7 +179,12 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_file_stays(tmp_p
     mark = f".{path.name}.{platform.node()}-"
     stray, living, other, far = (
         path.with_name(name)
-        for name in (f"{mark}{dead.pid}.abc", f"{mark}{os.getppid()}.abc", f".x{mark}1.abc", f".{path.name}.far-1.x")
+        for name in (
+            f"{mark}{dead.pid}.abc",
+            f"{mark}{os.getppid()}.abc",
+            f".x{mark}1.abc",
+            f".{path.name}.far-1.x",
+        )
     )
     for file in (stray, living, other, far):
         file.write_text("half")
@@ -200,10 +209,14 @@ def test_a_new_name_is_forced_to_the_disk_where_folders_can_be(tmp_path):
 def test_a_kept_model_is_found_by_its_short_name():
     root = records.data_dir() / "checkpoints"
     assert records.kept_model_path("depo-quick/N4-seed0") == root / "depo-quick" / "N4-seed0"
-    with pytest.raises(ValueError, match="^name: 'depo-quick' is ambiguous; write one of depo-quick/N1-seed0, "):
+    with pytest.raises(
+        ValueError, match="^name: 'depo-quick' is ambiguous; write one of depo-quick/N1-seed0, "
+    ):
         records.kept_model_path("depo-quick")
     for name in ("depo-quack", "../checkpoints/depo-quick/N4-seed0", ""):
-        with pytest.raises(FileNotFoundError, match="^name: no model .* is kept; there are .*depo-quick/N1-seed0"):
+        with pytest.raises(
+            FileNotFoundError, match="^name: no model .* is kept; there are .*depo-quick/N1-seed0"
+        ):
             records.kept_model_path(name)
 
 
