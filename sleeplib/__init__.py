@@ -4,8 +4,9 @@ Before a model's attention cache is cleared, it makes N offline passes over the 
 into fast weights, by a learned local rule; then it wakes with an empty cache and answers in one pass.
 """
 
-from . import experiments, tasks
+from . import experiments, presets, tasks, threads
 from .algorithm import evict, sleep, sleep_forward
+from .evaluation import evaluate
 from .interface import Sleepable
 from .kernels import gated_delta_rule, gated_hebbian_rule
 from .model import HybridLM, ModelConfig
@@ -13,7 +14,9 @@ from .records import load_records
 from .runs import run
 from .sleeper import Sleeper
 from .state import LMState
-from .training import Trainer, evaluate
+from .training import Trainer
+
+threads.sleep_soon()
 
 __version__ = "0.1.0"
 
@@ -30,8 +33,10 @@ __all__ = [
     "gated_delta_rule",
     "gated_hebbian_rule",
     "load_records",
+    "presets",
     "run",
     "sleep",
     "sleep_forward",
     "tasks",
+    "threads",
 ]

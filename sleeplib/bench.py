@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from . import experiments, records
+from .flops import training_flops
 from .kernels import gated_delta_rule, softmax_attention
 from .sleeper import Sleeper
-from .training import Trainer, training_batch, training_flops
+from .training import Trainer, training_batch
 
 SHAPES = ((128, 24, 4, 16, 32), (4, 256, 4, 64, 128))  # B, T, H, K, V
 

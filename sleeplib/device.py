@@ -1,10 +1,12 @@
-"""Where a run runs: the device, its memory, and a training step captured as one CUDA graph."""
+"""Where a run runs: the device, its cores and memory, and a step captured as one CUDA graph."""
 
 import ctypes
 import mmap
+import os
 import re
-import resource
 import sys
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,83 +17,107 @@ class CapturedStep:
 
     Parameters
     ----------
-    trainer : Trainer
+    loss : callable
+        Of inputs and labels, on the device; it may read nothing back from there.
+    parameters : iterable of torch.nn.Parameter
+        What gets the gradients; the optimizers stay outside the graph, where their rates may change.
     batch : Batch
-        Gives the shapes.
+        Gives the shapes; one of another shape is refused: a copy into the graph would broadcast it.
+    device : torch.device
 
     Notes
     -----
-    Nothing in a step depends on values read back from the GPU: which chunks are awake is known beforehand.
-    The optimizers stay outside the graph, where their learning rates may change.
-
     Chapter: 11_rule110
     """
 
-    def __init__(self, trainer, batch):
-        self.inputs = batch.inputs.to(trainer.device)
-        self.labels = batch.labels.to(trainer.device)
-        parameters = list(trainer.model.parameters())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # warm up outside the graph: caches, cuBLAS handles, rotary tables
-            for _ in range(3):
-                for p in parameters:
-                    p.grad = None
-                trainer.loss(self.inputs, self.labels).backward()
-        torch.cuda.current_stream().wait_stream(side)
-        for p in parameters:
-            p.grad = None
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = trainer.loss(self.inputs, self.labels)
-            self.loss.backward()
-        self.loss = self.loss.detach()
+    def __init__(self, loss, parameters, batch, device):
+        self.inputs, self.labels = batch.inputs.to(device), batch.labels.to(device)
+        parameters = list(parameters)
+
+        def forward_backward():
+            for p in parameters:
+                p.grad = None
+            (value := loss(self.inputs, self.labels)).backward()
+            return value.detach()
+
+        with torch.cuda.device(device):  # streams and graphs belong to the current device
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # warm up outside the graph: caches, cuBLAS handles, rotary tables
+                for _ in range(3):
+                    forward_backward()
+            torch.cuda.current_stream().wait_stream(side)
+            for p in parameters:  # let go of them before the capture, not in it
+                p.grad = None
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = forward_backward()
 
     def __call__(self, batch):
-        self.inputs.copy_(batch.inputs.pin_memory(), non_blocking=True)
-        self.labels.copy_(batch.labels.pin_memory(), non_blocking=True)
+        for name in ("inputs", "labels"):
+            own, new = getattr(self, name), getattr(batch, name)
+            if own.shape != new.shape:
+                raise ValueError(f"batch: {name} {tuple(new.shape)}, captured with {tuple(own.shape)}")
+            own.copy_(new.pin_memory(), non_blocking=True)
         self.graph.replay()
         return self.loss.clone()
 
 
 def find_device(name):
-    """Look up "auto", "cpu", "cuda" or one CUDA device; raise ValueError if this machine has no such."""
+    """Look up "auto", "cpu", "cuda", or one CUDA device by name or number; ValueError if there is no such."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if count else "cpu"
+    wanted = ("cuda" if count else "cpu") if str(name) == "auto" else str(name)
+    with suppress(RuntimeError):
+        device = torch.device(f"cuda:{wanted}" if wanted.isdecimal() else wanted)
+        if device.type == "cpu" or device.type == "cuda" and (device.index or 0) < count:
+            return device
+    raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
+
+
+def runs_bfloat16(device):
+    """Whether bfloat16 is worth asking for; a GPU before Ampere only emulates it."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def cores():
+    """The processor cores that this process may use, by number."""
+    some = hasattr(os, "sched_getaffinity")
+    return sorted(os.sched_getaffinity(0)) if some else list(range(os.cpu_count() or 1))
+
+
+@contextmanager
+def thread_count(count):
+    """Let PyTorch use `count` threads for a while; None leaves it as it is."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
-    if (
-        device is None
-        or device.type not in ("cpu", "cuda")
-        or device.type == "cuda"
-        and not (device.index or 0) < count
-    ):
-        raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
-    return device
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def hold_on_to_memory(size=2**30 - 2**22):
-    """Let glibc keep freed memory, and ask for large pages in the next `size` bytes of it.
+@cache
+def tune_malloc(size=2**30 - 2**22):
+    """Let glibc keep freed memory, and ask for large pages in the next `size` bytes of it; once a process.
 
     Each step then gets the same pages back and need not fault them in anew, and the processor looks up fewer
-    addresses.  Nothing happens where the C library or the kernel knows no such wish.
+    addresses.  A run on the CPU does this when it starts to train, unless the environment says
+    ``SLEEPLIB_TUNE_MALLOC=0``.  Nothing happens where the C library or the kernel has no such call.
     """
-    if sys.platform != "linux":
-        return
-    c = ctypes.CDLL(None)
-    if not hasattr(c, "mallopt"):
+    refused = os.environ.get("SLEEPLIB_TUNE_MALLOC") == "0" or sys.platform != "linux"
+    if refused or not hasattr(c := ctypes.CDLL(None), "mallopt"):
         return
     # trim threshold, top pad, mmap threshold
     for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):
         c.mallopt(option, value)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
     pointer, count = ctypes.c_void_p, ctypes.c_size_t
     c.malloc.restype, c.malloc.argtypes, c.free.argtypes = pointer, [count], [pointer]
     c.madvise.argtypes = [pointer, count, ctypes.c_int]
-    block = c.malloc(size)  # only addresses: untouched, it takes no memory; freed, it stays the heap's top
-    if block:
+    # Only addresses: untouched, the block takes no memory; freed, it stays the heap's top.
+    if block := c.malloc(size):
         page = mmap.PAGESIZE
         start = -(-block // page) * page
         c.madvise(start, (block + size - start) // page * page, mmap.MADV_HUGEPAGE)
@@ -99,10 +125,14 @@ def hold_on_to_memory(size=2**30 - 2**22):
 
 
 def peak_bytes(device):
-    """The most memory in use so far: tensors on a GPU, the whole process on the CPU."""
+    """The most memory in use so far, tensors on a GPU, the whole process on the CPU; 0 if nothing tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage would count what the process was before it became this program
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")  # getrusage counts what the process was before it became this program
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,20 +6,23 @@ import torch
 
 
 class Muon(torch.optim.Muon):
-    """:class:`torch.optim.Muon`, its numbers and its state, in fewer and larger products.
+    """:class:`torch.optim.Muon`, its numbers, state and options, in fewer and larger products.
 
     A small model has dozens of small matrices of few shapes, and PyTorch takes them one by one, 15 products
     each.  The update is that of Keller Jordan's Muon: momentum, made orthogonal by `ns_steps` Newton-Schulz
-    steps in bfloat16, times ``sqrt(max(1, rows / columns))``.
+    steps in bfloat16, times ``sqrt(max(1, rows / columns))``, or ``0.2 * sqrt(max(rows, columns))`` if
+    `adjust_lr_fn` is "match_rms_adamw".
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
 
     @torch.no_grad()
-    def step(self):
-        """Perform a single optimization step."""
+    def step(self, closure=None):
+        """Perform a single optimization step; return the loss of `closure`, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
@@ -30,15 +33,19 @@ class Muon(torch.optim.Muon):
                 for p in matrices:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+                ahead = momenta = [self.state[p]["momentum_buffer"] for p in matrices]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-                update = orthogonalise(
-                    torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
-                update *= -group["lr"] * math.sqrt(max(1, rows / columns))
+                if group["nesterov"]:
+                    ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+                options = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
+                update = orthogonalise(torch.stack(ahead), *options)
+                factor = math.sqrt(max(1, rows / columns))
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    factor = 0.2 * math.sqrt(max(rows, columns))
+                update *= -group["lr"] * factor
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(update.to(matrices[0].dtype).unbind()))
+        return loss
 
 
 def orthogonalise(x, coefficients, steps, eps):

@@ -123,7 +123,8 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
     ----------
     ax : matplotlib.axes.Axes
     records : list of dict
-        As :func:`sleeplib.records.load_records` returns them.
+        As :func:`sleeplib.records.load_records` returns them; or one record, a Trainer, its curve, or a list
+        of records and Trainers.
     metric : str
         A key of the curve's metrics, or ``"loss"`` for the training loss.
     x : {"tokens", "step"} or callable
@@ -131,7 +132,7 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
     chance : bool
         Also draw what guessing gives.
     """
-    runs = defaultdict(list)
+    records, runs = _as_records(records), defaultdict(list)
     for record in records:
         runs[record["passes"]].append(record)
     for passes, group in sorted(runs.items()):
@@ -140,13 +141,27 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
         ys = [[_value(p, metric) for p in r["curve"][:points]] for r in group]
         xs = [x(group[0], p) if callable(x) else p[x] for p in group[0]["curve"][:points]]
         style = {"color": COLORS.get(passes), "dashes": DASHES.get(passes, ())}
-        band(ax, xs, ys, label=f"N = {passes}", **style)
+        band(ax, xs, ys, label=f"N = {passes}" if passes else "this run", **style)
     if chance and records and metric in records[0]["chance"]:
         guess = records[0]["chance"][metric]
         ax.axhline(guess, color="black", linewidth=0.8, linestyle=":", label="guessing")
     ax.set(xlabel="" if callable(x) else {"tokens": "training tokens"}.get(x, x), ylabel=metric)
     if records:
         ax.legend()
+
+
+def _as_records(runs):
+    """Whatever can be drawn as a list of records; a curve alone does not know its N."""
+    if isinstance(runs, dict) or hasattr(runs, "curve"):
+        runs = [runs]
+    elif runs and isinstance(runs[0], dict) and "curve" not in runs[0]:
+        runs = [{"passes": 0, "curve": runs, "chance": {}}]
+    return [
+        {"passes": r.passes, "curve": r.curve, "chance": r.experiment.task.chance()}
+        if hasattr(r, "curve")
+        else r
+        for r in runs
+    ]
 
 
 def _value(point, metric):

@@ -1,52 +1,71 @@
 """Run records: one JSON file a run, written whole or not at all, read by the chapters."""
 
+import glob
 import json
 import os
 import platform
 import subprocess
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-KEYS = (
-    "preset passes seed config config_hash command commit dirty data_hash versions device dtype seconds "
-    "peak_bytes tokens curve chance final status"
-).split()
+KEYS = "preset passes seed config config_hash command commit dirty data_hash versions device dtype".split()
+KEYS += "seconds peak_bytes tokens curve chance final status".split()
+LIBRARIES = ("sleeplib", "torch", "numpy", "numba")
+
+
+def checkout():
+    """Folder of the checkout that this sleeplib lies in; None where it is installed."""
+    root = Path(__file__).resolve().parent.parent
+    project = root / "pyproject.toml"
+    return root if project.is_file() and 'name = "sleeplib"' in project.read_text() else None
 
 
 def data_dir():
-    """Folder of the shipped data: the repository's ``data/`` in a checkout, else the package's copy.
+    """Folder of the shipped data, a Path: ``data/`` of a checkout, else the package's copy.
 
-    Returns
-    -------
-    pathlib.Path
-
-    Notes
-    -----
     Chapter: 11_rule110
     """
-    here = Path(__file__).resolve().parent
-    checkout = here.parent / "data"
-    return checkout if (checkout.parent / "pyproject.toml").is_file() else here / "data"
+    root = checkout()
+    return root / "data" if root else Path(__file__).resolve().parent / "data"
+
+
+def results_dir():
+    """Where runs leave records: ``data/results`` of a checkout, else ``./sleeplib-results``."""
+    return data_dir() / "results" if checkout() else Path.cwd() / "sleeplib-results"
+
+
+def kept_model_path(name):
+    """Folder of a shipped model, by "rule110-quick/N4-seed0", or by the preset alone where it has only one.
+
+    A FileNotFoundError if `name` fits none, a ValueError if several; both list what there is.
+
+    Chapter: 11_rule110
+    """
+    root = data_dir() / "checkpoints"
+    kept = {f.parent.relative_to(root).as_posix(): f.parent for f in sorted(root.glob("*/*/config.json"))}
+    found = [key for key in kept if str(name) in (key, key.split("/")[0])]
+    if not found:
+        raise FileNotFoundError(f"name: no model {str(name)!r} is kept; there are {', '.join(kept)}")
+    if len(found) > 1:
+        raise ValueError(f"name: {str(name)!r} is ambiguous; write one of {', '.join(found)}")
+    return kept[found[0]]
 
 
 def write_atomically(path, content):
     """Write bytes to `path` so that a reader sees the old file or the new one, never a part.
 
-    Parameters
-    ----------
-    path : path_like
-        Its folder is made if need be.
-    content : bytes
-
-    Raises
-    ------
-    OSError
-        If the disk is full, say; the old file stands, no temporary file is left.
+    Its folder is made if need be; what writers of `path` that were killed on this machine have left there is
+    removed.  If the disk is full, say, it is an OSError: the old file stands, no temporary one is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    mark = f".{path.name}.{platform.node()}-"
+    for stray in path.parent.glob(glob.escape(mark) + "*"):
+        if not _alive(stray.name.removeprefix(mark).partition(".")[0]):
+            stray.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{mark}{os.getpid()}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -57,47 +76,69 @@ def write_atomically(path, content):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # where a folder can be opened, the new name too outlives a loss of power
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _alive(pid):
+    """Whether a process may still run; Windows is not asked, signal 0 would end it there."""
+    try:
+        return os.name != "posix" or os.kill(int(pid), 0) is None
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+
+
+def check_writable(name, folder):
+    """Raise OSError, naming the argument, unless files can be made in `folder`; nothing is left behind."""
+    try:
+        there = Path(folder).absolute()
+        while not there.exists():
+            there = there.parent
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(error.errno, f"{name} cannot be written: {error.strerror}", str(folder)) from error
 
 
 def record_path(preset, passes, seed, out=None):
-    """Where the record of a run lives, below `out` (``data/results`` if absent)."""
-    out = data_dir() / "results" if out is None else Path(out)
+    """Where the record of a run lives, below `out` (:func:`results_dir` if absent)."""
+    out = results_dir() if out is None else Path(out)
     return out / preset / f"N{passes}-seed{seed}.json"
 
 
 def save_record(record, out=None):
     """Write a run record and return its path.
 
-    Raises
-    ------
-    ValueError
-        If a key is missing or unknown.
-    OSError
-        If it cannot be written; the message names the file, and an older record stands.
+    A ValueError if a key is missing or unknown, or a number not finite; an OSError, naming the file, if it
+    cannot be written: an older record stands.
     """
-    if set(record) != set(KEYS):
-        odd = sorted(set(record) ^ set(KEYS))
+    if odd := sorted(set(record) ^ set(KEYS)):
         raise ValueError(f"record: missing or unknown keys {odd}")
     path = record_path(record["preset"], record["passes"], record["seed"], out)
     try:
-        write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        text = json.dumps(record, indent=1, allow_nan=False)
+        write_atomically(path, (text + "\n").encode())
+    except ValueError as error:
+        raise ValueError(f"record: {error}") from error
     except OSError as error:
-        raise OSError(
-            error.errno, f"record not written, nothing changed: {error.strerror}", str(path)
-        ) from error
+        what = f"record not written, nothing changed: {error.strerror}"
+        raise OSError(error.errno, what, str(path)) from error
     return path
 
 
 def load_record(path):
-    """Read one run record.
+    """Read one run record; a ValueError if the file is none."""
 
-    Raises
-    ------
-    ValueError
-        If the file is not a record.
-    """
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON number")
+
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(), parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"path: {path} is not JSON: {error}") from error
     if not isinstance(record, dict) or set(record) != set(KEYS):
@@ -114,46 +155,53 @@ def load_records(preset, passes=None, out=None):
     passes : int, optional
         Only the runs with this N.
     out : path_like, optional
-        Folder of the records, ``data/results`` if absent.
-
-    Returns
-    -------
-    list of dict
+        Folder of the records.  If absent, the shipped ones and your own: in a checkout both lie in
+        ``data/results``; where sleeplib is installed, a run of your own in ``./sleeplib-results`` stands in
+        for the shipped one with its N and seed.
 
     Notes
     -----
     Chapter: 11_rule110
     """
-    folder = record_path(preset, 0, 0, out).parent
-    records = [load_record(path) for path in folder.glob("N*-seed*.json")]
-    records.sort(key=lambda r: (r["passes"], r["seed"]))
-    return [r for r in records if passes is None or r["passes"] == passes]
+    folders = [data_dir() / "results", results_dir()] if out is None else [Path(out)]
+    found = {path.name: path for folder in folders for path in (folder / preset).glob("N*-seed*.json")}
+    records = sorted(map(load_record, found.values()), key=lambda r: (r["passes"], r["seed"]))
+    return [r for r in records if passes in (None, r["passes"])]
 
 
 def versions():
     """Versions of what a run depends on."""
-    names = ("sleeplib", "torch", "numpy", "numba")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
+    found = {"python": platform.python_version()} | dict.fromkeys(LIBRARIES, "not installed")
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 
 def commit():
-    """The commit that sleeplib runs from and whether its files differ from it; (None, None) without git."""
+    """The commit of the checkout that sleeplib lies in, and whether the package differs from it.
+
+    (None, None) where sleeplib is installed: the version tells.  ("unknown: <reason>", None) where git is
+    missing or refuses.  A repository that merely surrounds the checkout is not asked.
+    """
+    if (root := checkout()) is None:
+        return None, None
 
     def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, env=env)
+        if found.returncode:
+            raise OSError(" ".join(found.stderr.split("\n", 1)[0].split()))
+        return found.stdout.strip()
 
+    env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown: the checkout is no repository of its own", None
         # Records and pages are made by runs; only code changes what a run computes.
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "sleeplib")
+        return git("rev-parse", "HEAD"), bool(changed)
+    except OSError as error:
+        return f"unknown: {error}", None
 
 
 def processor():
@@ -161,9 +209,7 @@ def processor():
     import torch
 
     name = platform.processor() or platform.machine()
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

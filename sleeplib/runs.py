@@ -1,96 +1,34 @@
 """A run from start to record: checkpoints that resume to the bit, one JSON file at the end."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as pack
 
 from . import records
-from .training import Trainer, evaluate, held_out
-
-
-def save_checkpoint(trainer, path):
-    """Write everything a later call needs to go on to the bit: one safetensors file, no pickle."""
-    tensors = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    for number, optimizer in enumerate(trainer.optimizers):
-        for index, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
-    tensors["losses"] = trainer.losses
-    notes = dict(
-        run=trainer.identity(),
-        step=trainer.step,
-        curve=trainer.curve,
-        seconds=trainer.seconds,
-        peak_bytes=trainer.peak_bytes,
-    )
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    records.write_atomically(path, pack(tensors, metadata={"sleeplib": json.dumps(notes)}))
-
-
-def load_checkpoint(trainer, path):
-    """Go on where :func:`save_checkpoint` stopped.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged or belongs to another run.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {})["sleeplib"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run ({error})") from error
-    if notes["run"] != trainer.identity():
-        odd = [k for k, v in trainer.identity().items() if notes["run"].get(k) != v]
-        raise ValueError(f"checkpoint: {path} belongs to another run (differs in {', '.join(odd)})")
-    trainer.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    for number, optimizer in enumerate(trainer.optimizers):
-        state = {}
-        for key, value in tensors.items():
-            if key.startswith(f"optimizer.{number}."):
-                _, _, index, slot = key.split(".")
-                state.setdefault(int(index), {})[slot] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    trainer.losses = tensors["losses"].to(trainer.device)
-    trainer.step, trainer.curve = notes["step"], notes["curve"]
-    trainer.seconds, trainer.peak_bytes = notes["seconds"], notes["peak_bytes"]
+from .checkpoints import load_checkpoint, save_checkpoint
+from .device import thread_count
+from .evaluation import held_out
+from .experiments import check_int, get
+from .training import Trainer
 
 
 def make_record(trainer, status, command, commit, dirty):
     """The run record of what has been done so far."""
-    experiment, train = trainer.experiment, trainer.experiment.train
-    final = {}
-    if not status.startswith("failed"):
-        for split, suffix in (("test", ""), ("train", "_train_split")):
-            batch = held_out(experiment.task, 8 * train.eval_batch, trainer.seed, split)
-            options = dict(passes=trainer.passes, eviction=train.eviction_at(train.steps))
-            scores = evaluate(trainer.model, experiment.task, batch, **options)
+    e, final = trainer.experiment, {}
+    try:
+        for split, suffix in (("test", ""), ("train", "_train_split")) if status[:6] != "failed" else ():
+            scores = trainer.evaluate(held_out(e.task, 8 * e.train.eval_batch, trainer.seed, split))
             final |= {name + suffix: score for name, score in scores.items()}
-    cuda = trainer.device.type == "cuda"
-    return dict(
-        preset=experiment.name,
-        passes=trainer.passes,
-        seed=trainer.seed,
-        config=experiment.config(),
-        config_hash=experiment.config_hash(),
-        command=command,
-        commit=commit,
-        dirty=dirty,
-        data_hash=trainer.data_hash,
-        versions=records.versions(),
-        device=torch.cuda.get_device_name(trainer.device) if cuda else records.processor(),
-        dtype=train.precision,
-        seconds=round(trainer.seconds, 2),
-        peak_bytes=trainer.peak_bytes,
-        tokens=trainer.step * train.batch * experiment.task.length,
-        curve=trainer.curve,
-        chance=experiment.task.chance(),
-        final=final,
-        status=status,
-    )
+    except FloatingPointError as error:
+        status, final = f"failed: {error}", {}
+    on_gpu = trainer.device.type == "cuda"
+    device = torch.cuda.get_device_name(trainer.device) if on_gpu else records.processor()
+    record = dict(preset=e.name, passes=trainer.passes, seed=trainer.seed, config=e.config())
+    record |= dict(config_hash=e.config_hash(), command=command, commit=commit, dirty=dirty)
+    record |= dict(data_hash=trainer.data_hash, versions=records.versions(), device=device)
+    record |= dict(dtype=trainer.precision, seconds=round(trainer.seconds, 2), peak_bytes=trainer.peak_bytes)
+    record |= dict(tokens=trainer.step * e.train.batch * e.task.length, curve=trainer.curve)
+    return record | dict(chance=e.task.chance(), final=final, status=status)
 
 
 def run(
@@ -101,33 +39,34 @@ def run(
     out=None,
     *,
     resume=False,
+    overwrite=False,
     stop_after=None,
     keep=None,
-    pieces=1,
+    micro_batches=1,
+    threads=None,
     progress=True,
 ):
     """Train one preset with one N and one seed, and write its record.
 
     Parameters
     ----------
-    experiment : Experiment
-    passes : int
-        N.
-    seed : int
-    device : str
-        "auto", "cpu" or "cuda".
+    experiment, passes, seed, device, micro_batches
+        As :class:`Trainer` takes them.
     out : path_like, optional
-        Folder of the records, ``data/results`` if absent.
+        Folder of the records.  If absent, ``data/results`` of the checkout that sleeplib lies in; where
+        sleeplib is installed, ``sleeplib-results`` in the current folder.
     resume : bool
-        Go on from the run's checkpoint, if there is one.
+        Go on from the run's checkpoint, if there is one; the record of a finished run is returned as it is.
+    overwrite : bool
+        Train anew though there is a finished record, and replace it.
     stop_after : int, optional
         Stop after that many steps more; the checkpoint stays for the next call.
     keep : path_like, optional
         Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
-    pieces : int
-        Parts in which a batch is read, where all of it does not fit into memory.
+    threads : int, optional
+        For PyTorch, while the run lasts.  If absent, those of the checkpoint, or as many as it has.
     progress : bool
-        Show a progress bar on a terminal.
+        Show a progress bar in a terminal or notebook.
 
     Returns
     -------
@@ -136,38 +75,59 @@ def run(
 
     Raises
     ------
-    ValueError
-        If an argument does not fit, a checkpoint is damaged or foreign, or a finished record of another
-        configuration stands in the way.
+    ValueError, OSError
+        Before the first step: an argument does not fit, `out` or `keep` cannot be written, a checkpoint is
+        damaged or foreign, or a record stands in the way, a finished one or one of another configuration.
 
     Notes
     -----
     Chapter: 11_rule110
     """
-    wanted = (("passes", passes, 1), ("seed", seed, 0), ("stop_after", stop_after, 1), ("pieces", pieces, 1))
-    for name, value, low in wanted:
-        if value is None and name == "stop_after":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be an int of at least {low}; got {value!r}")
+    experiment = get(experiment)
+    passes, seed = check_int("passes", passes, 1), check_int("seed", seed, 0, 2**64 - 1)
+    stop_after = stop_after if stop_after is None else check_int("stop_after", stop_after, 1)
+    threads = threads if threads is None else check_int("threads", threads, 1)
     path = records.record_path(experiment.name, passes, seed, out)
-    if path.exists() and (old := records.load_record(path))["config_hash"] != experiment.config_hash():
-        raise ValueError(
-            f"out: {path} is the record of another configuration ({old['config_hash']}); choose another out"
-        )
     checkpoint = path.with_suffix(".safetensors")
-    commit = records.commit()  # of the code that runs, not of what is edited meanwhile
-    trainer = Trainer(experiment, passes, seed, device, pieces)
-    if resume and checkpoint.exists():
-        load_checkpoint(trainer, checkpoint)
-    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
-    command += f" --pieces {pieces}" * (pieces > 1)
-    command += "".join(f" --set {change}" for change in experiment.changes())
-    status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
-    record = make_record(trainer, status, command, *commit)
-    records.save_record(record, out)
-    if status == "done":
+    kept = None if keep is None else Path(keep) / path.parent.name / path.stem
+    if (old := _standing(path, experiment, overwrite)) is not None:
+        ways = "resume=True (--resume) returns it, overwrite=True (--overwrite) trains anew"
+        if not resume:
+            raise ValueError(f"out: {path} is the record of a finished run; load_records reads it, {ways}")
+        if kept is not None and not kept.exists():
+            raise ValueError(f"keep: {path} is finished and {kept} was not kept; overwrite=True trains anew")
         checkpoint.unlink(missing_ok=True)
-        if keep is not None:
-            trainer.model.half().save(Path(keep) / path.parent.name / path.stem)
+        return old
+    commit = records.commit()  # of the code that runs, not of what is edited meanwhile
+    trainer = Trainer(experiment, passes, seed, device, micro_batches)
+    found = load_checkpoint(trainer, checkpoint) if resume and checkpoint.exists() else {}
+    for name, folder in (("out", path.parent), ("keep", kept)):
+        if folder is not None:
+            records.check_writable(name, folder)
+    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
+    command += f" --micro-batches {micro_batches}" * (trainer.micro_batches > 1)
+    command += f" --threads {threads}" * (threads is not None)
+    command += "".join(f" --set {change}" for change in experiment.changes())
+    with thread_count(threads or found.get("threads")):
+        status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
+        record = make_record(trainer, status, command, *commit)
+    done = record["status"] == "done"
+    if (old := _standing(path, experiment, overwrite)) is not None:
+        record = old  # another process was quicker
+    else:
+        if done and kept:
+            trainer.model.half().save(kept)
+        records.save_record(record, out)
+    if done:  # what it holds is safe elsewhere by now
+        checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _standing(path, experiment, overwrite):
+    """The finished record at `path` that must stay, or None; ValueError if one of another configuration."""
+    if not path.exists():
+        return None
+    old = records.load_record(path)
+    if (other := old["config_hash"]) != experiment.config_hash():
+        raise ValueError(f"out: {path} is the record of another configuration ({other}); choose another out")
+    return old if old["status"] == "done" and not overwrite else None

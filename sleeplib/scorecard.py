@@ -14,34 +14,19 @@ MARGIN = 0.02  # two standard errors of the difference of two accuracies, on 4,0
 
 
 def judge(claim, out=None):
-    """Judge one claim by the largest preset that has finished runs to compare.
+    """Judge one claim, an entry of ``data/paper/claims.json``, by the largest preset with runs to compare.
 
-    Parameters
-    ----------
-    claim : dict
-        An entry of ``data/paper/claims.json``; `presets` lists what can bear on it, the paper's own first.
-    out : path_like, optional
-        Folder of the records.
+    Its `presets` list what can bear on it, the paper's own first; `out` is as in :func:`load_records`.  Gives
+    a dict of ``figure``, ``claim``, ``paper``, ``ours``, ``scale``, ``seeds``, ``device`` and ``verdict``.
 
-    Returns
-    -------
-    dict
-        ``figure``, ``claim``, ``paper``, ``ours``, ``scale``, ``seeds``, ``device``, ``verdict``.
-
-    Notes
-    -----
     Chapter: 11_rule110
     """
     row = {key: claim[key] for key in ("figure", "claim", "paper")}
     row |= dict(ours="-", scale="-", seeds="-", device="-", verdict="not run")
     for presets in claim["presets"]:
         by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
-        done = [
-            r
-            for preset in presets
-            for r in load_records(preset, passes=1 if by_steps else None, out=out)
-            if r["status"] == "done"
-        ]
+        found = [load_records(preset, passes=1 if by_steps else None, out=out) for preset in presets]
+        done = [r for group in found for r in group if r["status"] == "done"]
         groups = {}
         for r in done:
             x = r["config"]["task"]["steps"] if by_steps else r["passes"]
@@ -50,8 +35,7 @@ def judge(claim, out=None):
             continue
         means = [mean(groups[x]) for x in sorted(groups)]
         ordered = means == sorted(means, reverse=by_steps) and abs(means[0] - means[-1]) > MARGIN
-        full = "paper" in presets[0]
-        letter = "t" if by_steps else "N"
+        full, letter = "paper" in presets[0], "t" if by_steps else "N"
         row["ours"] = ", ".join(f"{letter} = {x} {mean(groups[x]):.3f}" for x in sorted(groups))
         used = ", ".join(preset for preset in presets if any(r["preset"] == preset for r in done))
         row["scale"] = "the paper's" if full else f"{used}, smaller than the paper's"
@@ -65,8 +49,6 @@ def judge(claim, out=None):
 def scorecard(out=None):
     """Judge every claim of ``data/paper/claims.json``: a list of the dicts of :func:`judge`.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
     claims = json.loads((data_dir() / "paper" / "claims.json").read_text())

@@ -145,7 +145,7 @@ TARGETS = {
     "Rule110": made(sl.tasks.Rule110, width=9, strings=2, steps=3),
     "Depo": made(sl.tasks.Depo, nodes=5, hops=2, letters=8, queries=2, windows=2, fewest=5),
 }
-ALSO = "tokens inputs labels state initial_state h model passes window eviction awake x weight count split".split()
+ALSO = "tokens inputs labels state initial_state h model passes window eviction awake count split".split()
 ALSO += "d_model num_heads vocab_size rope_base letters nodes queries windows fewest word hops".split()
 
 
@@ -154,14 +154,11 @@ ALSO += "d_model num_heads vocab_size rope_base letters nodes queries windows fe
 
 def odd_tensor(rng, x):
     """x in another shape, dtype, layout or with other numbers."""
-    changes = [
-        lambda: x.float(), lambda: x.double(), lambda: x.half(), lambda: x.int(), lambda: x.long(), lambda: x.bool(),
-        lambda: x[0], lambda: x[:1], lambda: x[:, :0], lambda: x[:, :1], lambda: x[..., :1], lambda: x.unsqueeze(0),
-        lambda: x.flatten(), lambda: torch.cat((x, x), 0), lambda: torch.cat((x, x), 1), lambda: x.mT,
-        lambda: x + 10**6, lambda: -x - 1, lambda: x * float("nan"), lambda: x.to("meta"), lambda: x.to_sparse(),
-        lambda: x.tolist(), lambda: x.numpy(), lambda: x.repeat_interleave(2, -1)[..., ::2],
-        lambda: x[:1].expand_as(x), lambda: x.clone(),
-    ]  # fmt: skip
+    changes = [x.float, x.double, x.half, x.int, x.long, x.bool, x.tolist, x.numpy, x.flatten, x.clone]
+    changes += [lambda: x[0], lambda: x[:1], lambda: x[:, :0], lambda: x[:, :1], lambda: x[..., :1]]
+    changes += [lambda: x.unsqueeze(0), lambda: torch.cat((x, x), 0), lambda: torch.cat((x, x), 1)]
+    changes += [lambda: x.mT, lambda: x + 10**6, lambda: -x - 1, lambda: x * float("nan"), x.to_sparse]
+    changes += [lambda: x.to("meta"), lambda: x.repeat_interleave(2, -1)[..., ::2], lambda: x[:1].expand_as(x)]
     return changes[rng.integers(len(changes))]()
 
 

@@ -4,7 +4,7 @@ import pytest
 
 import sleeplib as sl
 from sleeplib import records
-from sleeplib.training import evaluate, held_out
+from sleeplib.evaluation import evaluate, held_out
 
 FOLDER = records.data_dir() / "checkpoints"
 KEPT = sorted(file.parent for file in FOLDER.glob("*/*/config.json"))

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +18,7 @@ from test_training import TINY
 
 import sleeplib as sl
 from sleeplib import __main__ as command_line
-from sleeplib import records
+from sleeplib import device, records, reproduce
 from sleeplib.scorecard import judge
 
 
@@ -69,7 +71,7 @@ def test_a_trained_model_is_kept_in_half_precision_once_the_run_is_done(capsys, 
     assert model.head.weight.dtype == torch.float16
     task = sl.tasks.Rule110(width=8, strings=2, steps=6)
     batch = task.batch(4, np.random.default_rng(0), split="test")
-    assert sl.training.evaluate(model.float(), task, batch, passes=2).keys() == task.chance().keys()
+    assert sl.evaluate(model.float(), task, batch, passes=2).keys() == task.chance().keys()
 
 
 def test_run_in_pieces(capsys, tmp_path):
@@ -79,8 +81,31 @@ def test_run_in_pieces(capsys, tmp_path):
 
 
 def test_a_failed_run_exits_with_1(capsys, tmp_path):
-    code, out, _ = call(capsys, *tiny_run(tmp_path, **{"train.adamw_lr": "Infinity"}))
+    code, out, _ = call(capsys, *tiny_run(tmp_path, **{"train.adamw_lr": "1e38"}))
     assert code == 1 and ": failed: " in out
+
+
+@pytest.mark.parametrize("number, wanted, word", [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_is_the_exit_code_that_a_shell_expects(capsys, tmp_path, number, wanted, word):
+    honest = sl.Trainer.train_step
+
+    def train_step(self, **options):
+        signal.raise_signal(number)
+        return honest(self, **options)
+
+    with patch.object(sl.Trainer, "train_step", train_step):
+        code, out, _ = call(capsys, *tiny_run(tmp_path))
+    assert code == wanted and f": {word} after step 1; " in out
+
+
+def test_a_finished_run_is_replaced_only_when_told_to(capsys, tmp_path):
+    assert call(capsys, *tiny_run(tmp_path))[0] == 0
+    code, out, err = call(capsys, *tiny_run(tmp_path, "--stop-after", "1"))
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "--overwrite" in err
+    assert ": done; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--resume"))[1]
+    assert (
+        ": stopped after step 1; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--overwrite"))[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +123,9 @@ def test_a_failed_run_exits_with_1(capsys, tmp_path):
         ("device", ["run", "rule110-quick", "--passes", "1", "--device", "cuda:99"]),
         ("--passes", ["run", "rule110-quick", "--passes", "many"]),
         ("--passes", ["run", "rule110-quick"]),
+        ("micro_batches", ["run", "rule110-quick", "--passes", "1", "--micro-batches", "129"]),
+        ("threads", ["run", "rule110-quick", "--passes", "1", "--threads", "0"]),
+        ("train.clip", ["run", "rule110-quick", "--passes", "1", "--set", "train.clip=0"]),
         ("chess", ["sample", "chess"]),
         ("fly", ["fly"]),
     ],
@@ -144,23 +172,49 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     done |= dict(final={"exact": 1.0}, seconds=1.0, device="abacus")
     records.save_record(done, tmp_path)
     records.save_record(done | dict(seed=2, status="stopped after step 3"), tmp_path)
-    with patch.object(command_line.subprocess, "run", start):
+    with patch.object(reproduce.subprocess, "run", start):
         code, out, _ = call(capsys, "reproduce", "rule110", "--out", str(tmp_path), "--jobs", "1")
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
     quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
     assert started == [*quick, ("rule110-quick-long", 1, 0)]
 
 
+def test_reproduce_overwrites_only_when_told_to_and_hands_its_options_on(tmp_path):
+    done = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick-long", passes=1, seed=0, status="done")
+    records.save_record(done, tmp_path)
+    with patch.object(reproduce.subprocess, "run", return_value=SimpleNamespace(returncode=0)) as start:
+        for overwrite in (False, True):
+            start.reset_mock()
+            reproduce.reproduce("rule110", jobs=1, seeds=[0], out=tmp_path, keep="kept", overwrite=overwrite)
+            commands = [call.args[0] for call in start.call_args_list]
+            assert len(commands) == 3 + overwrite
+            for command in commands:
+                assert ("--overwrite" in command) == overwrite
+                assert command[-4:] == ["--out", str(tmp_path), "--keep", "kept"]
+    with pytest.raises(ValueError, match="jobs must be an int of at least 1; got 0"):
+        reproduce.reproduce("rule110", jobs=0)
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    """Affinity, and the lack of it on macOS and Windows, are simulated."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *args: None, raising=False)
+    assert device.cores() == [3, 5] and reproduce.shares(2) == [{3}, {5}] and reproduce.shares(3) == []
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "sched_setaffinity")
+    assert device.cores() == list(range(os.cpu_count())) and reproduce.shares(1) == []
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no binding of threads to cores here")
 def test_jobs_share_the_cores_and_their_children_keep_to_theirs():
     ours = os.sched_getaffinity(0)
     for jobs in (1, len(ours)):
-        found = command_line.shares(jobs)
+        found = reproduce.shares(jobs)
         assert len(found) == jobs and set().union(*found) == ours and sum(map(len, found)) == len(ours)
-    assert command_line.shares(len(ours) + 1) == []
+    assert reproduce.shares(len(ours) + 1) == []
     code = "import os; print(*os.sched_getaffinity(0))"
     (share,) = kept = [{min(ours)}]
-    with ThreadPoolExecutor(1, initializer=command_line.take_a_share, initargs=(kept,)) as pool:
+    with ThreadPoolExecutor(1, initializer=reproduce.pin_to_cores, initargs=(kept,)) as pool:
         child = pool.submit(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
         assert {int(core) for core in child.result().stdout.split()} == share
     assert os.sched_getaffinity(0) == ours  # only that thread was bound
@@ -217,6 +271,12 @@ def test_a_claim_about_depth_is_judged_without_sleep(tmp_path):
 def test_make_reproduce_knows_every_task():
     makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
     assert re.search(r"^TASKS \?= (.*)$", makefile, re.MULTILINE)[1].split() == list(sl.tasks.TASKS)
+
+
+def test_doctor_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(records, "results_dir", lambda: Path("/dev/null/below"))
+    code, out, err = call(capsys, "doctor")
+    assert code == 1 and "records cannot be written: " in out
 
 
 def test_doctor_finds_this_machine_well(capsys):

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sleeplib as sl
-from sleeplib.layers import _angles
 from sleeplib.algorithm import awake_chunks
+from sleeplib.layers import _rotary_table
 from sleeplib.training import make_optimizers
 
 aten = torch.ops.aten
@@ -68,11 +68,11 @@ def a_guard_for_cuda():
         guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     else:
         pytest.skip("not traced: the device guards of this build are out of reach")
-    _angles.cache_clear()
+    _rotary_table.cache_clear()
     guards[1] = guards[0]
     yield
     guards[1] = None
-    _angles.cache_clear()
+    _rotary_table.cache_clear()
 
 
 def kinds():

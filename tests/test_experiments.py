@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
-from sleeplib.training import training_flops
+from sleeplib.flops import training_flops
+from sleeplib.tasks.check import check_task
 
 QUICK = sl.experiments.get("rule110-quick")
 
@@ -165,3 +168,187 @@ def test_the_same_seed_makes_the_same_model_whatever_n():
     one, four = (sl.Trainer(small, passes, 3, device="cpu").model for passes in (1, 4))
     for a, b in zip(one.parameters(), four.parameters()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("clip", 0),
+        ("clip", float("inf")),
+        ("muon_lr", float("nan")),
+        ("adamw_lr", float("inf")),
+        ("weight_decay", -1.0),
+        ("warmup", 801),
+        ("decay", 801),
+        ("eval_every", 0),
+        ("save_every", 0),
+        ("eval_batch", 0),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^train.{name} must be"):
+        dataclasses.replace(QUICK.train, **{name: value})
+
+
+def test_a_short_trial_needs_no_other_warmup():
+    assert QUICK.replace({"train.steps": 3}).train.warmup == 50
+    both = {"train.steps": 30, "train.warmup": 30, "train.decay": 30}  # order does not matter
+    assert QUICK.replace(both) == QUICK.replace(dict(reversed(both.items())))
+
+
+def test_numbers_of_numpy_are_plain_numbers():
+    found = QUICK.replace(
+        {"train.batch": np.int64(16), "train.clip": np.float32(0.5), "task.width": np.int8(9)}
+    )
+    assert found == QUICK.replace({"train.batch": 16, "train.clip": 0.5, "task.width": 9})
+    assert (
+        found.config_hash()
+        == QUICK.replace({"train.batch": 16, "train.clip": 0.5, "task.width": 9}).config_hash()
+    )
+    train = dataclasses.replace(QUICK.train, batch=np.int64(16), clip=2)
+    assert type(train.batch) is int and type(train.clip) is float
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", ".", "..", ".hidden", "x.", "a\nb", None, 3])
+def test_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(ValueError, match="^name must be letters, digits"):
+        dataclasses.replace(QUICK, name=name)
+    assert dataclasses.replace(QUICK, name="a short story, N=4_b-c+d.e 2").name
+
+
+def test_settings_may_be_named_by_field_alone_where_that_is_clear():
+    assert QUICK.replace(clip=2, pattern="gaga") == QUICK.replace(
+        {"train.clip": 2.0, "model.pattern": "gaga"}
+    )
+    assert QUICK.replace({"train.steps": 9}, batch="7") == QUICK.replace({"train.steps": 9, "train.batch": 7})
+    with pytest.raises(ValueError, match=r"^steps: ambiguous; write one of task.steps, train.steps"):
+        QUICK.replace(steps=100)
+    with pytest.raises(ValueError, match=r"^stepz: unknown; there are task.width, .*train.save_every"):
+        QUICK.replace(stepz=100)
+    assert sl.experiments.get("depo-quick").replace(steps=100).train.steps == 100
+
+
+# A task of one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Is the number of ones in a window odd?  The question stands in a window of its own."""
+
+    length: int = 12
+    vocab_size: int = 4
+    window: int = 6
+    shift: float = 0.0
+
+    def batch(self, count, rng, split="train"):
+        inputs = torch.from_numpy(rng.integers(2, size=(count, self.length)))
+        inputs[:, 6:] = 3
+        labels = torch.full_like(inputs, -100)
+        labels[:, 6] = inputs[:, :6].sum(1) % 2
+        return sl.tasks.Batch(inputs, labels)
+
+    def score(self, logits, batch):
+        return sl.tasks.base.score(logits, batch)
+
+    def chance(self):
+        return dict(loss=math.log(2), token=0.5, exact=0.5)
+
+
+def own(task, **train):
+    model = sl.ModelConfig(vocab_size=4, d_model=16, num_heads=2, pattern="ag", mlp_size=16)
+    train = dict(steps=2, batch=4, eval_every=2, eval_batch=8) | train
+    return sl.experiments.Experiment("own", task, model, sl.experiments.TrainConfig(**train))
+
+
+def test_a_task_of_ones_own_is_trained_and_recorded(tmp_path):
+    record = sl.run(own(Parity()), 2, device="cpu", out=tmp_path)
+    assert record["status"] == "done" and record["config"]["task"]["kind"] == "test_experiments.Parity"
+    assert record["config"]["task"]["window"] == 6 and {"loss", "token", "exact"} <= set(record["final"])
+    assert own(Parity()).replace({"task.length": 13}).config_hash() != own(Parity()).config_hash()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wider(sl.tasks.Rule110):
+    """A subclass is another task."""
+
+
+def test_a_record_never_calls_a_task_by_another_ones_name():
+    assert QUICK.config()["task"]["kind"] == "rule110"
+    assert dataclasses.replace(QUICK, task=Wider()).config()["task"]["kind"] == "test_experiments.Wider"
+
+
+def changed(**methods):
+    return type("Parity", (Parity,), methods)()
+
+
+def batch_with(change):
+    """Parity with a fault in its batches."""
+
+    def batch(self, count, rng, split="train"):
+        found = Parity.batch(self, count, rng, split)
+        return change(found) or found
+
+    return changed(batch=batch)
+
+
+def shuffled(batch):
+    batch.labels[0, 6], batch.labels[0, 0] = -100, 1
+
+
+def repeated(batch):
+    return batch._replace(labels=torch.where(batch.labels < 0, batch.labels, batch.inputs))
+
+
+@pytest.mark.parametrize(
+    "task, words",
+    [
+        (object(), "object has no vocab_size"),
+        (Parity(window=0), "window must be an int of at least 1; got 0"),
+        (Parity(length=True), "length must be an int of at least 1; got True"),
+        (batch_with(lambda b: (b.inputs, b.labels)), "inputs must be an int64 tensor .*; got NoneType"),
+        (
+            batch_with(lambda b: b._replace(labels=b.labels.int())),
+            r"labels must be .*got torch.int32 \(8, 12\)",
+        ),
+        (
+            batch_with(lambda b: b._replace(labels=b.labels[:, 1:])),
+            r"labels must be .*got torch.int64 \(8, 11\)",
+        ),
+        (batch_with(lambda b: b._replace(inputs=b.inputs + 1)), "inputs must lie in 0 .. 3; got 1 .. 4"),
+        (
+            batch_with(lambda b: b._replace(labels=b.labels.clamp(min=-1))),
+            "labels must lie in .*; got -1 .. 1",
+        ),
+        (batch_with(lambda b: b._replace(labels=b.labels.clamp(max=-100))), "labels are -100 everywhere"),
+        (batch_with(repeated), "labels repeat the token"),
+        (batch_with(shuffled), "labels: rows disagree about which windows of 6 tokens"),
+        (
+            batch_with(lambda b: b._replace(inputs=torch.randint(3, b.inputs.shape))),
+            "inputs must follow from",
+        ),
+        (batch_with(lambda b: b._replace(groups=b.labels[0])), "groups must be None or as labels"),
+        (changed(score=lambda self, logits, batch: dict(loss=0.0)), "score must give exact, token; got loss"),
+        (changed(chance=lambda self: dict(loss=0.0, token=1.0)), "chance must give exact; got loss, token"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused_in_words_before_training(task, words):
+    with pytest.raises((ValueError, TypeError), match=f"^task: {words}"):
+        sl.Trainer(own(task), 2, 0, device="cpu")
+
+
+def test_a_task_that_cannot_be_recorded_is_refused():
+    bare = type("Bare", (), {name: getattr(Parity, name) for name in ("batch", "score", "chance")})
+    bare.vocab_size, bare.length, bare.window = 4, 12, 6
+    with pytest.raises(TypeError, match="^task: a record keeps its fields, so .*Bare must be a dataclass"):
+        sl.run(own(bare()), 2, device="cpu")
+    with pytest.raises(ValueError, match="^task: the fields of .*Parity must be plain data: Out of range"):
+        own(Parity(shift=math.inf)).config()
+    with pytest.raises(
+        TypeError, match="^task: the fields of .*Parity must be plain data: Object of type set"
+    ):
+        own(Parity(shift={1})).config()
+
+
+def test_every_task_of_the_library_passes_the_check():
+    for name in ("rule110-quick", "depo-quick", "depo-ablation-ring8"):
+        check_task(sl.experiments.get(name).task)

@@ -16,7 +16,7 @@ MODULES = {
 }
 # A module may import what stands on a line above its own.  Its first name is the file or folder.
 LAYERS = [
-    {"checks"},
+    {"checks", "threads"},
     {"records", "device", "muon", "state"},
     {"kernels"},
     {"layers", "interface"},
@@ -26,9 +26,10 @@ LAYERS = [
     {"tasks"},
     {"baselines"},
     {"experiments"},
+    {"presets", "flops", "evaluation", "checkpoints"},
     {"training"},
     {"runs"},
-    {"bench", "scorecard"},
+    {"bench", "scorecard", "reproduce", "doctor"},
     {"plots"},
     {"widgets"},
     {"__init__"},

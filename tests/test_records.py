@@ -3,7 +3,11 @@
 import errno
 import json
 import os
+import platform
 import resource
+import subprocess
+import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -100,9 +104,128 @@ def test_where_a_run_came_from():
     commit, dirty = records.commit()
     assert commit is None or len(commit) == 40 and isinstance(dirty, bool)
     with patch.object(records.subprocess, "run", side_effect=FileNotFoundError("git")):
-        assert records.commit() == (None, None)
+        assert records.commit() == ("unknown: git", None)
     assert {"python", "torch", "numpy", "numba", "sleeplib"} <= set(records.versions())
     assert "thread" in records.processor()
+
+
+def test_git_that_refuses_is_recorded_with_its_reason():
+    said = "fatal: detected dubious ownership in repository\nTo add an exception ...\n"
+    with patch.object(records.subprocess, "run", return_value=SimpleNamespace(returncode=128, stderr=said)):
+        assert records.commit() == ("unknown: fatal: detected dubious ownership in repository", None)
+
+
+def git(folder, *args):
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run(["git", "-C", folder, *who, *args], check=True, capture_output=True)
+
+
+def test_the_commit_is_never_that_of_a_surrounding_repository(tmp_path, monkeypatch):
+    """Installed below somebody's repository, copied into it without a .git, and as a checkout of its own."""
+    inner = tmp_path / "inner"
+    (inner / "sleeplib").mkdir(parents=True)
+    (inner / "sleeplib" / "records.py").write_text("")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "theirs")
+    monkeypatch.setattr(records, "__file__", str(inner / "sleeplib" / "records.py"))
+    monkeypatch.chdir(tmp_path)
+    (inner / "pyproject.toml").write_text('name = "another"')
+    assert records.commit() == (None, None) and records.checkout() is None
+    assert records.results_dir() == tmp_path / "sleeplib-results"
+    assert records.data_dir() == inner / "sleeplib" / "data"
+    (inner / "pyproject.toml").write_text('[project]\nname = "sleeplib"\n')
+    assert records.commit() == ("unknown: the checkout is no repository of its own", None)
+    git(inner, "init")
+    git(inner, "add", ".")
+    git(inner, "commit", "-m", "ours")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    commit, dirty = records.commit()
+    assert len(commit) == 40 and dirty is False
+    (inner / "sleeplib" / "records.py").write_text("changed")
+    assert records.commit() == (commit, True) and records.results_dir() == inner / "data" / "results"
+
+
+def test_an_installed_package_reads_the_shipped_records_and_its_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "site" / "sleeplib" / "records.py"))
+    monkeypatch.chdir(tmp_path)
+    shipped, own = records.data_dir() / "results", tmp_path / "sleeplib-results"
+    for seed, out in ((0, shipped), (1, shipped), (1, own), (2, None)):
+        records.save_record(record(1, seed, command=f"{out == shipped}"), out)
+    assert [(r["seed"], r["command"]) for r in sl.load_records("p")] == [
+        (0, "True"),
+        (1, "False"),
+        (2, "False"),
+    ]
+    assert len(sl.load_records("p", out=shipped)) == 2
+    assert not any("site" in path.parts for path in own.rglob("*"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_record_is_strict_json(tmp_path, number):
+    with pytest.raises(ValueError, match="^record: .*not JSON compliant"):
+        records.save_record(record(final={"loss": number}), tmp_path)
+    assert files(tmp_path) == []
+    path = records.save_record(record(seconds=0.5), tmp_path)
+    path.write_text(path.read_text().replace("0.5", "NaN"))
+    with pytest.raises(ValueError, match="^path: .* is not JSON: NaN is no JSON number"):
+        records.load_record(path)
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_file_stays(tmp_path):
+    path = records.save_record(record(), tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mark = f".{path.name}.{platform.node()}-"
+    stray, living, other, far = (
+        path.with_name(name)
+        for name in (
+            f"{mark}{dead.pid}.abc",
+            f"{mark}{os.getppid()}.abc",
+            f".x{mark}1.abc",
+            f".{path.name}.far-1.x",
+        )
+    )
+    for file in (stray, living, other, far):
+        file.write_text("half")
+    records.save_record(record(), tmp_path)
+    assert not stray.exists() and living.exists() and other.exists() and far.exists()
+
+
+def test_a_new_name_is_forced_to_the_disk_where_folders_can_be(tmp_path):
+    synced, honest = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.path.isdir(f"/proc/self/fd/{handle}"))
+        if synced[-1]:
+            raise refuse(errno.EINVAL)  # some file systems refuse; the file is there all the same
+        return honest(handle)
+
+    with patch.object(records.os, "fsync", fsync):
+        assert records.load_record(records.save_record(record(), tmp_path)) == record()
+    assert synced == [False, True]
+
+
+def test_a_kept_model_is_found_by_its_short_name():
+    root = records.data_dir() / "checkpoints"
+    assert records.kept_model_path("depo-quick/N4-seed0") == root / "depo-quick" / "N4-seed0"
+    with pytest.raises(
+        ValueError, match="^name: 'depo-quick' is ambiguous; write one of depo-quick/N1-seed0, "
+    ):
+        records.kept_model_path("depo-quick")
+    for name in ("depo-quack", "../checkpoints/depo-quick/N4-seed0", ""):
+        with pytest.raises(
+            FileNotFoundError, match="^name: no model .* is kept; there are .*depo-quick/N1-seed0"
+        ):
+            records.kept_model_path(name)
+
+
+def test_a_preset_with_one_kept_model_needs_no_more_than_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "data_dir", lambda: tmp_path)
+    folder = tmp_path / "checkpoints" / "p" / "N4-seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert records.kept_model_path("p") == folder
 
 
 def test_every_shipped_record_is_one():

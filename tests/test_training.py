@@ -2,15 +2,17 @@
 
 import errno
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
-from unittest.mock import patch
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +21,7 @@ from tiny import close
 from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
-from sleeplib import records, runs, training
+from sleeplib import checkpoints, evaluation, flops, records, runs, training
 from sleeplib.muon import Muon
 
 SAME = ("curve", "final", "tokens", "data_hash", "config_hash", "status", "chance")
@@ -73,6 +75,28 @@ def test_muon_is_pytorchs():
             close(one[index]["momentum_buffer"], two[index]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+def test_muon_honours_the_options_of_its_base_class(adjust, nesterov):
+    matrix = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(matrix.clone()) for _ in range(2))
+    options = dict(lr=0.1, adjust_lr_fn=adjust, nesterov=nesterov)
+    for parameter, optimizer in (
+        (ours, Muon([ours], **options)),
+        (theirs, torch.optim.Muon([theirs], **options)),
+    ):
+        for _ in range(2):
+
+            def closure(parameter=parameter, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = (parameter**3).sum()
+                loss.backward()
+                return loss
+
+            assert optimizer.step(closure).requires_grad
+    assert (ours - theirs).norm() < 0.02 * (theirs - matrix).norm()
+
+
 def test_muon_leaves_a_matrix_without_gradient_alone():
     one, two = (torch.nn.Parameter(torch.eye(4)) for _ in range(2))
     optimizer = Muon([one, two], lr=0.1)
@@ -105,7 +129,7 @@ def test_flops_are_those_of_the_products_that_are_computed(settings, passes):
         layer = trainer.model.layers[1].mixer.conv
         filters = layer.down.weight.numel() + layer.up.weight.numel()
         counted -= 3 * 8 * 2 * filters * (2 * task.width * passes + task.length - 2 * task.width)
-    ours = training.training_flops(experiment, passes)
+    ours = flops.training_flops(experiment, passes)
     assert abs(ours - 3 * 8 * hidden - counted) < 0.02 * counted
 
 
@@ -161,7 +185,7 @@ def test_ctrl_c_finishes_the_step_and_resumes_exactly(tmp_path, where, monkeypat
         if where == "between the optimizers":
             m.setattr(Muon, "step", interrupting(Muon.step, 3))
         elif where == "in the evaluation":
-            m.setattr(training, "evaluate", interrupting(training.evaluate, 1))
+            m.setattr(training, "evaluate", interrupting(evaluation.evaluate, 1))
         else:
             m.setattr(records.os, "fsync", interrupting(os.fsync, 1))
         stopped = train(tmp_path / "cut", experiment)
@@ -234,13 +258,48 @@ def test_killed_and_interrupted_processes_resume_exactly(tmp_path):
     same(train(out, experiment, resume=True), whole)
 
 
-def test_a_loss_that_is_not_finite_is_recorded_as_a_failure(tmp_path):
-    experiment = tiny_experiment(steps=4, eval_every=2, adamw_lr=math.inf)
+@pytest.mark.parametrize(
+    "what, rate, pattern", [("weights are", 1e38, "ag"), ("held-out scores are", 1e20, "a")]
+)
+def test_what_is_not_finite_is_recorded_as_a_failure(tmp_path, what, rate, pattern):
+    experiment = tiny_experiment(steps=4, eval_every=2, adamw_lr=rate).replace({"model.pattern": pattern})
     record = train(tmp_path, experiment)
-    assert record["status"] == "failed: weights are not finite near step 1"
+    assert record["status"].startswith(f"failed: {what} not finite near step ")
     assert record["final"] == {} and record["curve"] == []
     assert records.load_records("tiny", out=tmp_path) == [record]
     assert not list(tmp_path.rglob("*.safetensors"))  # nothing to go on from
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_activations_that_are_not_finite_are_a_failure_with_the_curve_so_far(
+    tmp_path, monkeypatch, stop_after
+):
+    """Weights are finite; the kernels refuse what becomes of them in a step, or in the last evaluation."""
+    honest = sl.Trainer.forward_backward
+
+    def forward_backward(self, batch):
+        if self.step == 3 or stop_after and self.step == 1:
+            self.model.layers[0].mlp.down.weight.data.fill_(3e38)
+        return honest(self, batch) if not stop_after or self.step == 0 else torch.zeros(())
+
+    monkeypatch.setattr(sl.Trainer, "forward_backward", forward_backward)
+    record = train(
+        tmp_path, tiny_experiment(steps=9, eval_every=2 + 3 * bool(stop_after)), stop_after=stop_after
+    )
+    assert record["status"].startswith("failed: an activation was refused (g") and record["final"] == {}
+    assert [entry["step"] for entry in record["curve"]] == ([] if stop_after else [2])
+    assert records.load_records("tiny", out=tmp_path) == [record]
+
+
+def test_an_error_that_is_no_divergence_stays_an_error(tmp_path):
+    with patch.object(training, "sleep_forward", side_effect=ValueError("of another kind")):
+        with pytest.raises(ValueError, match="of another kind"):
+            train(tmp_path)
+    trainer = sl.Trainer(tiny_experiment(steps=9), 2, 0, "cpu")
+    trainer.train_step()
+    with patch.object(training.Trainer, "next_batch", side_effect=ValueError("nothing drawn")):
+        with pytest.raises(ValueError, match="nothing drawn"):
+            trainer.run(progress=False)
 
 
 # Checkpoints
@@ -249,6 +308,53 @@ def test_a_loss_that_is_not_finite_is_recorded_as_a_failure(tmp_path):
 def checkpoint_of(tmp_path, experiment=None, **options):
     train(tmp_path, experiment, stop_after=2, **options)
     return tmp_path / "tiny" / "N2-seed0.safetensors"
+
+
+def refused(tmp_path, path, match="is damaged, or no checkpoint of a run"):
+    with pytest.raises(ValueError, match=f"^checkpoint: {path} {match}") as caught:
+        train(tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path):
+    path = checkpoint_of(tmp_path)
+    trainer, content = sl.Trainer(tiny_experiment(steps=9), 2, 0, "cpu"), path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    places = [*range(8), *range(8, header, 29), *range(header, len(content), 997), len(content) - 1]
+    for number, place in enumerate(places):
+        bad = bytearray(content)
+        bad[place] ^= 1 << number % 8
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=f"^checkpoint: {path} ") as caught:
+            checkpoints.load_checkpoint(trainer, path)
+        assert "\n" not in str(caught.value) and trainer.step == 0
+    path.write_bytes(content)
+    assert checkpoints.load_checkpoint(trainer, path)["step"] == trainer.step == 2
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t, n: n.update(step=3), r"does not fit this run at step 3: optimizer.1.0.step"),
+        (lambda t, n: n.update(step=10), "step must be an int in 0 .. 9; got 10"),
+        (lambda t, n: n.pop("step"), "'step'"),
+        (lambda t, n: t.pop("optimizer.0.0.momentum_buffer"), ".*optimizer.0.0.momentum_buffer"),
+        (lambda t, n: t.update({"model.head.weight": torch.zeros(1)}), ".*model.head.weight"),
+        (lambda t, n: t.update({"optimizer.0.99.momentum_buffer": torch.zeros(1)}), ".*optimizer.0.99"),
+    ],
+)
+def test_a_whole_file_with_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch, change, match):
+    honest = sl.Trainer.snapshot
+
+    def snapshot(self):
+        tensors, notes = honest(self)
+        change(tensors, notes)
+        return tensors, notes
+
+    with monkeypatch.context() as m:
+        m.setattr(sl.Trainer, "snapshot", snapshot)
+        path = checkpoint_of(tmp_path)
+    refused(tmp_path, path, match)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "not ours"])
@@ -260,8 +366,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     else:
         path.write_bytes({"truncated": content[:-9], "empty": b"", "noise": b"\xff" * 99}[damage])
     bad = path.read_bytes()
-    with pytest.raises(ValueError, match=f"^checkpoint: {path} is damaged, or no checkpoint of a run"):
-        train(tmp_path, resume=True)
+    refused(tmp_path, path)
     assert path.read_bytes() == bad  # looked at, not touched
 
 
@@ -316,6 +421,93 @@ def test_a_record_of_another_configuration_is_not_overwritten(tmp_path):
     assert (tmp_path / "tiny" / "N2-seed0.json").read_bytes() == before
 
 
+# Nothing finished is replaced unless told to
+
+
+@pytest.mark.parametrize("options", [{}, dict(stop_after=3)])
+def test_a_finished_record_is_replaced_only_when_told_to(tmp_path, options, monkeypatch):
+    done = train(tmp_path)
+    path = tmp_path / "tiny" / "N2-seed0.json"
+    before = path.read_bytes()
+    with monkeypatch.context() as m:
+        m.setattr(runs, "Trainer", lambda *args: pytest.fail("went to work"))
+        with pytest.raises(ValueError, match="^out: .* finished run.*resume=True.*overwrite=True"):
+            train(tmp_path, **options)
+        (checkpoint := path.with_suffix(".safetensors")).write_bytes(b"left by a kill after the record")
+        assert train(tmp_path, resume=True, **options) == done and not checkpoint.exists()
+        with pytest.raises(ValueError, match="^keep: .* was not kept"):
+            train(tmp_path, resume=True, keep=tmp_path / "kept")
+    assert path.read_bytes() == before
+    again = train(tmp_path, overwrite=True, **options)
+    assert again["status"] == ("stopped after step 3" if options else "done")
+    assert records.load_record(path) == again and again["seconds"] != done["seconds"]
+
+
+def test_of_two_that_run_the_same_the_finished_one_stays(tmp_path):
+    """While this run stops early, another process finishes."""
+    honest = runs.make_record
+
+    def slow(*args):
+        with patch.object(runs, "make_record", honest):
+            train(tmp_path)
+        return honest(*args)
+
+    with patch.object(runs, "make_record", slow):
+        found = train(tmp_path, stop_after=2)
+    assert found["status"] == "done" and records.load_records("tiny", out=tmp_path) == [found]
+
+
+@pytest.mark.parametrize("name", ["out", "keep"])
+def test_a_folder_that_cannot_be_written_is_found_out_before_training(tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    folders = dict(out=tmp_path, keep=tmp_path / "kept") | {name: tmp_path / "file" / "below"}
+    with patch.object(sl.Trainer, "run", side_effect=AssertionError("trained")):
+        with pytest.raises(OSError, match=f"{name} cannot be written: Not a directory"):
+            sl.run(tiny_experiment(), 1, device="cpu", **folders)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_are_kept_before_the_checkpoint_goes(tmp_path):
+    with patch.object(sl.HybridLM, "save", side_effect=OSError(errno.ENOSPC, "full")), pytest.raises(OSError):
+        train(tmp_path, keep=tmp_path / "kept")
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["N2-seed0.safetensors"]
+    with patch.object(sl.Trainer, "train_step", side_effect=AssertionError("trained again")):
+        assert train(tmp_path, keep=tmp_path / "kept", resume=True)["status"] == "done"
+    assert (tmp_path / "kept" / "tiny" / "N2-seed0" / "model.safetensors").is_file()
+
+
+def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch):
+    honest, before = Muon.step, signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(Muon, "step", lambda self: (signal.raise_signal(signal.SIGTERM), honest(self)))
+        stopped = train(tmp_path / "cut")
+    assert stopped["status"] == "terminated after step 1" and signal.getsignal(signal.SIGTERM) is before
+    same(train(tmp_path / "cut", resume=True), train(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("runs_it", [True, False])
+def test_a_record_names_the_precision_that_ran(tmp_path, runs_it):
+    with patch.object(training.machine, "runs_bfloat16", return_value=runs_it):
+        low = train(tmp_path / "low", tiny_experiment(precision="bfloat16"))
+    assert low["dtype"] == ("bfloat16" if runs_it else "float32")
+    assert (low["curve"] == train(tmp_path / "full", tiny_experiment())["curve"]) == (not runs_it)
+
+
+def test_threads_are_those_asked_for_and_a_resumed_run_keeps_them(tmp_path):
+    before, seen = torch.get_num_threads(), []
+    honest = Muon.step
+    with patch.object(Muon, "step", lambda self: (seen.append(torch.get_num_threads()), honest(self))):
+        first = train(tmp_path, threads=3, stop_after=1)
+        assert torch.get_num_threads() == before
+        second = train(tmp_path, resume=True, stop_after=1)
+        train(tmp_path, resume=True, stop_after=1, threads=2)
+    assert seen == [3, 3, 2] and torch.get_num_threads() == before
+    for record in (first, second):
+        assert record["device"].endswith(", 3 threads")
+    with pytest.raises(ValueError, match="threads must be an int of at least 1; got 0"):
+        train(tmp_path, threads=0)
+
+
 def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch):
     """The record cannot be written: clear error, the checkpoint stands, a second try needs no training."""
     experiment = tiny_experiment(steps=3)
@@ -355,10 +547,10 @@ def test_workers_draw_the_batches_of_the_seed_also_after_a_resume(tmp_path, work
         whole.run(progress=False)
         for _ in range(2):  # once more in the same process, then in a new one
             first.run(2, progress=False)
-        runs.save_checkpoint(first, tmp_path / "x.safetensors")
+        checkpoints.save_checkpoint(first, tmp_path / "x.safetensors")
         second.train_step()  # a batch of another step was drawn already
         seen.pop()
-        runs.load_checkpoint(second, tmp_path / "x.safetensors")
+        checkpoints.load_checkpoint(second, tmp_path / "x.safetensors")
         second.run(progress=False)
     wanted = [training.training_batch(experiment.task, experiment.train, 3, step) for step in range(7)]
     assert len(seen) == 14
@@ -378,7 +570,7 @@ def test_a_score_is_that_of_all_logits_and_keeps_only_those_of_labels(passes, ev
         sl.tasks.GSMInfinite(**story, window=99),
     ):
         model = sl.HybridLM(sl.ModelConfig(vocab_size=task.vocab_size, **small))
-        batch = training.held_out(task, 20, 0)
+        batch = evaluation.held_out(task, 20, 0)
         options = dict(window=task.window, passes=passes, eviction=eviction)
         with torch.no_grad():
             pieces = [
@@ -387,7 +579,7 @@ def test_a_score_is_that_of_all_logits_and_keeps_only_those_of_labels(passes, ev
             ]
         wanted = task.score(torch.cat(pieces), batch)
         with patch.object(type(task), "score", autospec=True, side_effect=type(task).score) as scored:
-            found = training.evaluate(model, task, batch, passes=passes, eviction=eviction, chunk=7)
+            found = evaluation.evaluate(model, task, batch, passes=passes, eviction=eviction, chunk=7)
         assert found == wanted
         assert scored.call_args.args[1].shape == (int((batch.labels >= 0).sum()), task.vocab_size)
 
@@ -426,7 +618,7 @@ def test_the_recipe_is_one_eviction_then_the_other_also_in_pieces(tmp_path):
     trainer = sl.Trainer(recipe, 2, 0, device="cpu")
     trainer.run(2, progress=False)
     scores = [
-        training.evaluate(trainer.model, recipe.task, trainer.test, passes=2, eviction=e)
+        evaluation.evaluate(trainer.model, recipe.task, trainer.test, passes=2, eviction=e)
         for e in ("sliding", "hard")
     ]
     assert scores[0] == trainer.curve[-1]["metrics"] != scores[1]
@@ -488,15 +680,15 @@ def test_checkpointing_over_windows_changes_no_gradient():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 9])
-def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces):
-    """Also where the pieces differ in size and a row has several labels."""
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_micro_batches_have_the_gradient_of_the_whole(parts):
+    """Also where they differ in size and a row has several labels."""
     gradients, losses = [], []
-    for count in (1, pieces):
-        trainer = sl.Trainer(tiny_experiment(batch=7), 2, 0, device="cpu", pieces=count)
+    for count in (1, parts):
+        trainer = sl.Trainer(tiny_experiment(batch=7), 2, 0, device="cpu", micro_batches=count)
         task, config = trainer.experiment.task, trainer.experiment.train
         batch = training.training_batch(task, config, 0, 0)
-        batch.labels[0, -2] = batch.labels[3, -1] = -100  # pieces with fewer labels count less
+        batch.labels[0, -2] = batch.labels[3, -1] = -100  # parts with fewer labels count less
         losses.append(trainer.forward_backward(batch))
         gradients.append([p.grad for p in trainer.model.parameters()])
     close(losses[1], losses[0], 1e-6)
@@ -514,15 +706,56 @@ def test_bfloat16_trains_with_a_float32_state():
     assert trainer.run(progress=False) == "done"
 
 
+def test_to_build_a_trainer_changes_nothing_global():
+    with patch.object(training.machine, "tune_malloc") as tuned:
+        torch.manual_seed(9)
+        before = torch.get_rng_state()
+        trainer = sl.Trainer(tiny_experiment(), 2, 5, "cpu")
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not tuned.called
+        trainer.run(progress=False)
+        assert tuned.called  # when it starts to train
+    torch.manual_seed(5)
+    honest = sl.HybridLM(trainer.experiment.model)
+    for a, b in zip(sl.Trainer(tiny_experiment(), 1, 5, "cpu").model.parameters(), honest.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    four = dict(passes=np.int64(2), seed=np.int32(1), stop_after=np.int8(2), micro_batches=np.uint8(2))
+    record = sl.run(tiny_experiment(), device="cpu", out=tmp_path, **four)
+    assert (record["passes"], record["seed"], record["status"]) == (2, 1, "stopped after step 2")
+    assert records.load_records("tiny", out=tmp_path) == [record]
+    assert training.machine.find_device(torch.device("cpu")).type == "cpu"
+    for index in (np.int64(0), "0"):
+        with patch.object(torch.cuda, "is_available", return_value=True):
+            with patch.object(torch.cuda, "device_count", return_value=1):
+                assert training.machine.find_device(index) == torch.device("cuda:0")
+    for wrong in (True, np.int64(99), -1, "meta"):
+        with pytest.raises(ValueError, match="^device must be"):
+            training.machine.find_device(wrong)
+
+
+def test_a_presets_name_is_an_experiment(tmp_path):
+    preset = tiny_experiment(steps=2)
+    with patch.dict(sl.experiments.PRESETS, {"tiny": preset}):
+        record = sl.run("tiny", 4, device="cpu", out=tmp_path)
+        assert record["preset"] == "tiny" and sl.Trainer("tiny", 1, 0, "cpu").experiment is preset
+        assert flops.training_flops("tiny", 4) == flops.training_flops(preset, 4)
+
+
 @pytest.mark.parametrize(
     "names, options",
     [
         ("passes must be an int of at least 1; got 0", dict(passes=0)),
         ("passes must be an int of at least 1; got 2.0", dict(passes=2.0)),
         ("passes must be an int of at least 1; got True", dict(passes=True)),
-        ("seed must be an int of at least 0; got -1", dict(seed=-1)),
+        ("seed must be an int in 0 .. 18446744073709551615; got -1", dict(seed=-1)),
+        ("seed must be an int in 0 .. 18446744073709551615", dict(seed=2**64)),
+        ("seed must be an int in 0 .. 18446744073709551615; got True", dict(seed=True)),
+        ("preset 'tinny' is unknown", dict(experiment="tinny")),
         ("stop_after must be an int of at least 1; got 0", dict(stop_after=0)),
-        ("pieces must be an int of at least 1; got 0", dict(pieces=0)),
+        ("micro_batches must be an int in 1 .. 4; got 0", dict(micro_batches=0)),
     ],
 )
 def test_a_bad_call_is_refused(tmp_path, names, options):
@@ -535,6 +768,37 @@ def test_a_model_that_does_not_fit_the_task_is_refused():
     experiment = replace(tiny_experiment(), model=sl.ModelConfig(vocab_size=5, d_model=16, num_heads=2))
     with pytest.raises(ValueError, match="model.vocab_size is 5; the task has 4 tokens"):
         sl.Trainer(experiment, 2, 0, device="cpu")
+
+
+class FakeCuda:
+    """Records on which device a graph is captured, where there is no GPU."""
+
+    def __init__(self):
+        self.current, self.used = "cuda:0", []
+
+    @contextmanager
+    def device(self, wanted):
+        self.current, before = str(wanted), self.current
+        yield
+        self.current = before
+
+    def __getattr__(self, name):  # Stream, current_stream, stream, CUDAGraph, graph
+        self.used.append((name, self.current))
+        return MagicMock()
+
+
+def test_a_step_is_captured_on_its_own_device_and_takes_its_own_shape(monkeypatch):
+    """CUDA is simulated: calls are noted, tensors stay on the CPU."""
+    fake = FakeCuda()
+    monkeypatch.setattr(training.machine, "torch", SimpleNamespace(cuda=fake))
+    weight = torch.nn.Parameter(torch.ones(3))
+    batch = sl.tasks.Batch(*(torch.zeros(4, 3, dtype=torch.int64) for _ in range(2)))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
+    step = training.machine.CapturedStep(lambda x, y: (weight * x * y).sum(), [weight], batch, "cuda:1")
+    assert {"Stream", "CUDAGraph", "graph"} <= {name for name, _ in fake.used}
+    assert {where for _, where in fake.used} == {"cuda:1"} and fake.current == "cuda:0"
+    with pytest.raises(ValueError, match=r"batch: inputs \(1, 3\), captured with \(4, 3\)"):
+        step(sl.tasks.Batch(batch.inputs[:1], batch.labels))
 
 
 # On a GPU

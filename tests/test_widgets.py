@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -135,6 +136,20 @@ def test_records_are_drawn_as_one_band_for_each_n():
     assert plots.provenance(records) == "device: cpu; commit: abcdef1; seeds: 2"
     assert plots.provenance([]) == "not run yet"
     plt.close(fig)
+
+
+def test_a_trainer_and_its_curve_are_drawn_like_a_record():
+    points = [{"step": s, "tokens": 9 * s, "loss": 1.0, "metrics": {"exact": 0.1 * s}} for s in (1, 2)]
+    task = SimpleNamespace(chance=lambda: {"exact": 0.5})
+    trainer = SimpleNamespace(curve=points, passes=4, experiment=SimpleNamespace(task=task))
+    record = {"curve": points, "passes": 4, "chance": {"exact": 0.5}}
+    for runs in (record, trainer, [trainer], points):
+        fig, ax = plt.subplots()
+        plots.draw_records(ax, runs)
+        labels = ["this run"] if runs is points else ["N = 4", "guessing"]
+        assert [t.get_text() for t in ax.get_legend().get_texts()] == labels
+        assert ax.lines[0].get_xydata().tolist() == [[9.0, 0.1], [18.0, 0.2]]
+        plt.close(fig)
 
 
 def test_sleeplib_itself_imports_no_plots():

@@ -1,8 +1,8 @@
 """The computations that the tasks ask for, as loops: a cellular automaton and a walk on a graph."""
 
 import numpy as np
-from numba import njit
 
+from ..kernels.jit import numba_kernel
 from .base import check_int
 
 # new cell = RULE[4 * left + 2 * self + right]; read from 111 down to 000 it spells 01101110 = 110
@@ -19,7 +19,7 @@ def _integers(name, values, below, dtype):
     return np.ascontiguousarray(array, dtype=dtype)
 
 
-@njit(cache=True, nogil=True)
+@numba_kernel
 def _history(cells, steps, rule, out):
     width = cells.shape[0]
     out[0] = cells
@@ -60,7 +60,7 @@ def rule110_history(cells, steps):
     return out
 
 
-@njit(cache=True, nogil=True)
+@numba_kernel
 def _rollout(rows, width, steps):
     out = np.empty_like(rows)
     one, last = np.uint64(1), np.uint64(width - 1)
@@ -107,7 +107,7 @@ def rule110_rollout(rows, width, steps):
     return _rollout(_integers("rows", rows, 2**width, np.uint64), width, steps)
 
 
-@njit(cache=True, nogil=True)
+@numba_kernel
 def _walk(successor, start, hops):
     out = np.empty_like(start)
     for m in range(start.size):

@@ -1,0 +1,45 @@
+"""The state of a run in one file: safetensors and JSON, no pickle, and a digest over every byte."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from .records import write_atomically
+
+BLANK = b"?" * 64  # stands for the digest while it is taken
+
+
+def save_checkpoint(trainer, path):
+    """Write everything that a later call needs to go on to the bit."""
+    tensors, notes = trainer.snapshot()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = json.dumps(notes, allow_nan=False)
+    content = save(tensors, metadata={"sleeplib": text, "digest": BLANK.decode()})
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_atomically(path, content.replace(BLANK, digest, 1))
+
+
+def load_checkpoint(trainer, path):
+    """Go on where :func:`save_checkpoint` stopped; return its notes.
+
+    Raises
+    ------
+    ValueError
+        If a single bit is wrong, or the file belongs to another run.
+    """
+    content = Path(path).read_bytes()
+    found = re.search(rb'"digest":"([0-9a-f]{64})"', content)
+    if not found or hashlib.sha256(content.replace(found[1], BLANK, 1)).hexdigest() != found[1].decode():
+        why = "its digest is wrong" if found else "it has no digest"
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run ({why})")
+    size = int.from_bytes(content[:8], "little")
+    try:
+        notes = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["sleeplib"])
+        trainer.restore(load(content), notes)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} {error}") from error
+    return notes

@@ -1,0 +1,97 @@
+"""The presets: plain values, most of them another one with a few settings changed."""
+
+import dataclasses
+
+from .experiments import PRESETS, Experiment, TrainConfig
+from .model import ModelConfig
+from .tasks import Depo, GSMInfinite, Rule110
+
+
+def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model):
+    """Enter a preset; without other sizes its model is the small one."""
+    sizes = dict(vocab_size=task.vocab_size, num_heads=4) | (model or dict(d_model=64, mlp_size=128))
+    PRESETS[name] = Experiment(name, task, ModelConfig(**sizes), train, passes, seeds, about)
+
+
+def _vary(base, name, settings, about, **parts):
+    """Enter preset `base` under another name, with dotted settings and whole parts changed."""
+    changed = PRESETS[base].replace(settings)
+    PRESETS[name] = dataclasses.replace(changed, name=name, about=about, **parts)
+
+
+task, train = Rule110(width=12, strings=2, steps=6), TrainConfig(steps=800, batch=128, adamw_lr=1e-3)
+about = "2 rings of 12 cells, t = 6, width 64; minutes on two CPU cores; smaller than the paper's"
+_add("rule110-quick", task, train, about)
+about = "rule110-quick without sleep, run on until it learns too"
+_vary("rule110-quick", "rule110-quick-long", {"train.steps": 2500}, about, passes=(1,), seeds=(0,))
+for t in (2, 4, 8, 10):
+    about = f"rule110-quick at t = {t}: a small Figure 2a, with and without sleep"
+    _vary("rule110-quick", f"rule110-ablation-t{t}", {"task.steps": t}, about, passes=(1, 4))
+for name, settings, about in (
+    ("hebbian", {"model.pattern": "ahah"}, ", fast weights written by the Hebbian rule"),
+    ("context", {"train.eviction": "keys"}, ", the convolution's context carried over the boundary"),
+    ("state", {"model.key_size": 8, "model.value_size": 16}, " with fast weights of a quarter of the size"),
+):
+    _vary("rule110-quick", f"rule110-ablation-{name}", settings, f"rule110-quick{about}", passes=(1, 4))
+about = "rule110-quick without sleep, four times as deep: the training FLOPs of N = 4 and 6 % more"
+_vary("rule110-quick", "rule110-ablation-deep", {"model.pattern": "ag" * 8}, about, passes=(1,))
+
+# 97,656 steps of 512 sequences of 100 tokens: 5 billion tokens
+task, train = Rule110(24, 4, 32), TrainConfig(97_656, 512, eval_every=250, save_every=1000, graph=True)
+about = "Figure 2b: t = 32, 5 billion tokens a run"
+_add("rule110-paper", task, train, about, passes=(1, 2, 3, 4), seeds=(0,), d_model=256)
+for t in (4, 8, 10, 12, 14, 16):
+    about = f"Figure 2a: t = {t}, no sleep, 40 million tokens"
+    settings = {"task.steps": t, "train.steps": 782, "train.eval_every": 20, "train.save_every": 200}
+    _vary("rule110-paper", f"rule110-paper-2a-t{t}", settings, about, passes=(1,))
+about = "the paper's model and rings at t = 12, 80 M tokens; one GPU; smaller than the paper's"
+settings |= {"task.steps": 12, "train.steps": 1600, "train.decay": 320, "train.eval_every": 50}
+_vary("rule110-paper", "rule110-small", settings, about, passes=(1, 2, 4), seeds=(0, 1, 2))
+
+task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2, fewest=5)
+about = "5 nodes, 4 hops, 2 windows, width 64; minutes on two CPU cores; smaller than the paper's"
+_add("depo-quick", task, TrainConfig(steps=1500, batch=128, adamw_lr=1e-3), about)
+task = Depo(nodes=8, hops=4, letters=10, word=(1, 1), queries=8, windows=2, fewest=8)
+train = TrainConfig(steps=4000, batch=64, muon_lr=4e-3, adamw_lr=1e-3, decay=800, eval_batch=256)
+about = "8 nodes, where 4 hops are 4 lookups either way; width 64; smaller than the paper's"
+_add("depo-ablation-ring8", task, train, about)
+for name, settings, about in (
+    ("long", {"train.steps": 8200, "train.decay": 1640}, "for the training FLOPs of N = 4"),
+    ("deep", {"model.pattern": "ag" * 4}, "twice as deep: the training FLOPs of N = 4"),
+):
+    about = f"depo-ablation-ring8 without sleep, {about}"
+    _vary("depo-ablation-ring8", f"depo-ablation-{name}", settings, about, passes=(1,), seeds=(0,))
+task = Depo(nodes=25, hops=8, queries=8, windows=2)
+about = "25 nodes, 8 hops, 4 Jet/attention layers, width 256; one GPU; smaller than the paper's"
+train = TrainConfig(steps=6000, batch=128, save_every=500, graph=True)
+_add("depo-small", task, train, about, d_model=256, pattern="ajaj")
+about = "Figure 3: 75 nodes, 16 hops, 10 Jet/attention layers, width 512, 100,000 steps"
+train = TrainConfig(steps=100_000, batch=128, eval_every=500, save_every=1000, graph=True)
+_add("depo-paper", Depo(), train, about, seeds=(0,), d_model=512, pattern="aj" * 5, num_heads=8)
+
+story = dict(theme="harbor", level="medium", places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
+task = GSMInfinite(ops=(1, 4), tokens=(64, 96), window=96, **story)
+train = TrainConfig(steps=400, batch=64, muon_lr=3e-3, adamw_lr=1e-3, decay=150)
+about = "1 to 4 operations, 96 tokens, width 64; minutes on one CPU core; smaller than the paper's"
+_add("gsm_infinite-quick", task, train, about)
+about = "gsm_infinite-quick without sleep, four times as long: nearly the training FLOPs of N = 4"
+settings = {"train.steps": 1600, "train.decay": 600}
+_vary("gsm_infinite-quick", "gsm_infinite-quick-long", settings, about, passes=(1,), seeds=(0,))
+for name, eviction, about in (
+    ("windows", "hard", "hard eviction"),
+    ("sliding", "sliding", "sliding eviction from the first step on"),
+    ("warmup", "hard-then-sliding", "hard eviction for a third of the steps, then sliding"),
+):
+    about = f"gsm_infinite-quick in windows of 24 tokens, {about}"
+    settings, parts = {"task.window": 24, "train.eviction": eviction}, dict(passes=(1, 4), seeds=(0,))
+    _vary("gsm_infinite-quick", f"gsm_infinite-quick-{name}", settings, about, **parts)
+story = dict(places=(2, 3), kinds=(2, 4), noise=(8, 8), max_value=100)
+task = GSMInfinite(ops=(1, 6), tokens=(200, 320), window=160, **story)
+train = TrainConfig(3000, 128, muon_lr=1e-3, adamw_lr=3e-4, decay=600, save_every=500, graph=True)
+about = "1 to 6 operations, 320 tokens, all themes, width 256; one GPU; smaller than the paper's"
+_add("gsm_infinite-small", task, train, about, d_model=256)
+# 6,000 steps of 256 sequences of 3,301 tokens: 5 billion tokens
+train = TrainConfig(steps=6000, batch=256, muon_lr=1e-3, decay=1200, eval_batch=200, save_every=100)
+train = dataclasses.replace(train, checkpoint=True, precision="bfloat16")
+about = "the lengths, operations and rates of Figure 4, but from scratch: not its pretrained models"
+_add("gsm_infinite-paper", GSMInfinite(), train, about, seeds=(0,), d_model=256, pattern="ajaj")
