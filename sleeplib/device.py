@@ -1,11 +1,11 @@
-"""Where a run runs: the device, its cores and memory, and a step captured as one CUDA graph."""
+"""Where a run runs: the device, its memory, and a step captured as one CUDA graph."""
 
 import ctypes
 import mmap
 import os
 import re
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -77,24 +77,6 @@ def find_device(name):
 def runs_bfloat16(device):
     """Whether bfloat16 is worth asking for; a GPU before Ampere only emulates it."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def cores():
-    """The processor cores that this process may use, by number."""
-    some = hasattr(os, "sched_getaffinity")
-    return sorted(os.sched_getaffinity(0)) if some else list(range(os.cpu_count() or 1))
-
-
-@contextmanager
-def thread_count(count):
-    """Let PyTorch use `count` threads for a while; None leaves it as it is."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache

@@ -18,15 +18,6 @@ PRESETS = {}  # name -> Experiment; presets.py fills it
 EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
 
 
-def check_int(name, value, low, high=None):
-    """Return `value` as an int; ValueError, naming it, unless it is whole (NumPy's too) and in range."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low or high is not None and value > high:
-        bounds = f"of at least {low}" if high is None else f"in {low} .. {high}"
-        raise ValueError(f"{name} must be an int {bounds}; got {value!r}")
-    return int(value)
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained.
@@ -172,15 +163,15 @@ class Experiment:
     def replace(self, settings=None, **fields):
         """Return a copy with settings changed: ``replace({"train.steps": "9"})`` or ``replace(clip=2)``.
 
-        `settings` go by part and field, `fields` by the field alone, where only one of task, model and train
-        has it.  Strings are read as the field's type.  An unknown or ambiguous key and a value of another
-        type are a ValueError that names it.
+        `settings` go by part and field, `fields` by the field alone: one of train where it has such a field
+        (``steps`` is how long to train, and not a task's t), else of whichever has it.  Strings are read as
+        the field's type.  An unknown or ambiguous key and a value of another type are a ValueError.
         """
         parts = {name: getattr(self, name) for name in ("task", "model", "train")}
         hints = {name: typing.get_type_hints(type(part)) for name, part in parts.items()}
         settings = dict(settings or {})
         for name, value in fields.items():
-            found = [part for part in parts if name in hints[part]]
+            found = ["train"] if name in hints["train"] else [part for part in parts if name in hints[part]]
             if len(found) != 1:
                 keys = [f"{part}.{key}" for part in parts for key in hints[part] if not found or key == name]
                 what = "ambiguous; write one of" if found else "unknown; there are"

@@ -14,7 +14,7 @@ from .checks import integer, real
 from .interface import Sleepable
 from .kernels import BACKENDS
 from .layers import Attention, GatedDeltaNet, RMSNorm, SwiGLU, linear
-from .records import write_atomically
+from .records import kept_model_path, write_atomically
 from .state import LMState
 
 MIXERS = "aghj"
@@ -237,7 +237,9 @@ class HybridLM(Sleepable, nn.Module):
 
     @classmethod
     def from_checkpoint(cls, folder):
-        """Read a model that :meth:`save` has written.
+        """Read a model that :meth:`save` has written, from its folder.
+
+        A name such as "rule110-quick/N4-seed0" finds one of the models that come with the book.
 
         Raises
         ------
@@ -246,7 +248,8 @@ class HybridLM(Sleepable, nn.Module):
         ValueError
             If a file is damaged, or belongs to another kind of model.
         """
-        folder = Path(folder)
+        own = Path(folder).is_dir() or Path(folder).is_absolute()
+        folder = Path(folder) if own else kept_model_path(folder)
         config_file, weights_file = folder / "config.json", folder / "model.safetensors"
         for file in (config_file, weights_file):
             if not file.is_file():

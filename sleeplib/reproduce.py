@@ -9,8 +9,9 @@ from itertools import product
 import torch
 
 from . import records
-from .device import cores
-from .experiments import PRESETS, check_int
+from .checks import integer
+from .experiments import PRESETS
+from .threads import cores
 
 
 def shares(jobs):
@@ -36,7 +37,7 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
     if jobs is None:
         jobs = 1 if torch.cuda.is_available() else len(cores())
     # Separate processes with one thread each waste less than threads that wait for one another.
-    threads = max(1, len(cores()) // check_int("jobs", jobs, 1))
+    threads = max(1, len(cores()) // integer("jobs", jobs, 1))
     environment, commands = os.environ | {"OMP_NUM_THREADS": str(threads)}, []
     for experiment in chosen:
         found = records.load_records(experiment.name, out=out or records.results_dir())

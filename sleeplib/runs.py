@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from . import records
+from . import threads as cpu
 from .checkpoints import load_checkpoint, save_checkpoint
-from .device import thread_count
+from .checks import integer
 from .evaluation import held_out
-from .experiments import check_int, get
+from .experiments import get
 from .training import Trainer
 
 
@@ -64,7 +65,8 @@ def run(
     keep : path_like, optional
         Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
     threads : int, optional
-        For PyTorch, while the run lasts.  If absent, those of the checkpoint, or as many as it has.
+        For PyTorch, while the run lasts.  If absent, those of the checkpoint; else, on a CPU, as many as help
+        on a few sequences, unless the environment says a number (see :mod:`sleeplib.threads`).
     progress : bool
         Show a progress bar in a terminal or notebook.
 
@@ -84,9 +86,9 @@ def run(
     Chapter: 11_rule110
     """
     experiment = get(experiment)
-    passes, seed = check_int("passes", passes, 1), check_int("seed", seed, 0, 2**64 - 1)
-    stop_after = stop_after if stop_after is None else check_int("stop_after", stop_after, 1)
-    threads = threads if threads is None else check_int("threads", threads, 1)
+    passes, seed = integer("passes", passes, 1), integer("seed", seed, 0, 2**64 - 1)
+    stop_after = stop_after if stop_after is None else integer("stop_after", stop_after, 1)
+    threads = threads if threads is None else integer("threads", threads, 1)
     path = records.record_path(experiment.name, passes, seed, out)
     checkpoint = path.with_suffix(".safetensors")
     kept = None if keep is None else Path(keep) / path.parent.name / path.stem
@@ -108,7 +110,8 @@ def run(
     command += f" --micro-batches {micro_batches}" * (trainer.micro_batches > 1)
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {change}" for change in experiment.changes())
-    with thread_count(threads or found.get("threads")):
+    probe = trainer.probe if trainer.device.type == "cpu" else None
+    with cpu.chosen(threads or found.get("threads"), probe):
         status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
         record = make_record(trainer, status, command, *commit)
     done = record["status"] == "done"

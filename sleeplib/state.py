@@ -91,9 +91,8 @@ class LMState:
     @classmethod
     def from_blocks(cls, memories, position):
         """Gather the memories of all blocks, in order, after `position` tokens."""
-        fast_weights, *caches = zip(*memories)
-        kv, conv, ages = (x if any(y is not None for y in x) else None for x in caches)
-        return cls(fast_weights, kv, conv, position, ages)
+        fast_weights, kv, conv, ages = zip(*memories)
+        return cls(fast_weights, kv, conv, position, ages if any(x is not None for x in ages) else None)
 
     def _map(self, f):
         """Apply f to every tensor."""
@@ -101,8 +100,8 @@ class LMState:
         def apply(x):
             return tuple(map(apply, x)) if isinstance(x, tuple) else x if x is None else f(x)
 
-        memories = [Memory(*map(apply, memory)) for memory in self.blocks()]
-        return LMState.from_blocks(memories, self.position)
+        names = ("fast_weights", "kv", "conv", "key_ages")
+        return replace(self, **{name: apply(getattr(self, name)) for name in names})
 
     def detach(self):
         """Return a copy that no gradient passes."""

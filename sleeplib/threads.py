@@ -16,8 +16,9 @@ import torch
 
 
 def cores():
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use, by number."""
+    some = hasattr(os, "sched_getaffinity")
+    return sorted(os.sched_getaffinity(0)) if some else list(range(os.cpu_count() or 1))
 
 
 def sleep_soon():

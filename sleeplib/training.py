@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from tqdm.auto import tqdm
 
 from . import device as machine
 from .algorithm import awake_chunks, sleep_forward
+from .checks import integer
 from .evaluation import evaluate, held_out
-from .experiments import check_int, get
+from .experiments import get
 from .model import HybridLM
 from .muon import Muon
 from .tasks import TASKS, stream
 from .tasks.base import IGNORE
 from .tasks.check import check_task
+from .threads import cores
 
 DATA = 0  # the stream of random numbers of training data; it does not depend on N
 SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and AdamW keep of a parameter
@@ -110,8 +112,8 @@ class Trainer:
     def __init__(self, experiment, passes, seed, device="auto", micro_batches=1):
         self.experiment = experiment = get(experiment)
         task, train = experiment.task, experiment.train
-        self.passes, self.seed = check_int("passes", passes, 1), check_int("seed", seed, 0, 2**64 - 1)
-        self.micro_batches = check_int("micro_batches", micro_batches, 1, train.batch)
+        self.passes, self.seed = integer("passes", passes, 1), integer("seed", seed, 0, 2**64 - 1)
+        self.micro_batches = integer("micro_batches", micro_batches, 1, train.batch)
         self.device = machine.find_device(device)
         if type(task) not in TASKS.values():
             check_task(task)
@@ -125,11 +127,13 @@ class Trainer:
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
         first = training_batch(task, train, self.seed, 0)
         self.awake = awake_chunks(first.labels, task.window)
+        few = max(1, 1024 // task.length)
+        self.sample = first.inputs[:few], first.labels[:few]
         self.test = held_out(task, train.eval_batch, self.seed)
         self.data_hash = data_hash(first, self.test)
         low = train.precision == "bfloat16" and machine.runs_bfloat16(self.device)
         self.precision = "bfloat16" if low else "float32"  # that runs, not that was asked for
-        self.workers = 0 if self.device.type == "cpu" else min(4, len(machine.cores()))
+        self.workers = 0 if self.device.type == "cpu" else min(4, len(cores()))
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
         self.graph = self.captured = None  # a captured step, and its eviction
 
@@ -185,6 +189,13 @@ class Trainer:
             options |= dict(eviction=train.eviction_at(self.step), checkpoint=train.checkpoint)
             return sleep_forward(self.model, inputs, labels, return_logits=False, **options).loss
 
+    def probe(self):
+        """Loss and gradient of about a thousand tokens, thrown away: on them numbers of threads are tried."""
+        with suppress(ValueError):  # what is wrong with the model, the loop will say
+            self.loss(*(x.to(self.device) for x in self.sample)).backward()
+        for p in self.model.parameters():
+            p.grad = None
+
     def measure(self):
         """Add an entry to the curve; raise FloatingPointError if a loss is not finite."""
         task, train = self.experiment.task, self.experiment.train
@@ -227,7 +238,7 @@ class Trainer:
         is called without arguments every ``save_every`` steps and at the end of the call.
         """
         train = self.experiment.train
-        more = train.steps if stop_after is None else check_int("stop_after", stop_after, 1)
+        more = train.steps if stop_after is None else integer("stop_after", stop_after, 1)
         end = min(train.steps, self.step + more)
         name = f"{self.experiment.name} N={self.passes} seed={self.seed}"
         bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=None if progress else True)
@@ -282,7 +293,7 @@ class Trainer:
         own = self.identity()
         if odd := [k for k in own if notes["run"].get(k) != own[k]]:
             raise ValueError(f"belongs to another run (differs in {', '.join(odd)})")
-        step = check_int("step", notes["step"], 0, self.experiment.train.steps)
+        step = integer("step", notes["step"], 0, self.experiment.train.steps)
         wanted = {f"model.{k}": v.shape for k, v in self.model.state_dict().items()} | {"losses": (2,)}
         states = [{}, {}]
         for number, optimizer in enumerate(self.optimizers if step else ()):

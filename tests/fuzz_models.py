@@ -158,7 +158,8 @@ def odd_tensor(rng, x):
     changes += [lambda: x[0], lambda: x[:1], lambda: x[:, :0], lambda: x[:, :1], lambda: x[..., :1]]
     changes += [lambda: x.unsqueeze(0), lambda: torch.cat((x, x), 0), lambda: torch.cat((x, x), 1)]
     changes += [lambda: x.mT, lambda: x + 10**6, lambda: -x - 1, lambda: x * float("nan"), x.to_sparse]
-    changes += [lambda: x.to("meta"), lambda: x.repeat_interleave(2, -1)[..., ::2], lambda: x[:1].expand_as(x)]
+    changes += [lambda: x.to("meta"), lambda: x.repeat_interleave(2, -1)[..., ::2]]
+    changes += [lambda: x[:1].expand_as(x)]
     return changes[rng.integers(len(changes))]()
 
 

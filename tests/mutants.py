@@ -126,7 +126,7 @@ def fault_in_evict(fault):
 
     @contextmanager
     def context():
-        honest = sl.evict
+        honest = sl.LMState.evict
 
         def evict(state, eviction="hard", window=None):
             return fault(honest, state, eviction, window)

@@ -18,7 +18,7 @@ from test_training import TINY
 
 import sleeplib as sl
 from sleeplib import __main__ as command_line
-from sleeplib import device, records, reproduce
+from sleeplib import records, reproduce, threads
 from sleeplib.scorecard import judge
 
 
@@ -199,10 +199,10 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     """Affinity, and the lack of it on macOS and Windows, are simulated."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3}, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", lambda *args: None, raising=False)
-    assert device.cores() == [3, 5] and reproduce.shares(2) == [{3}, {5}] and reproduce.shares(3) == []
+    assert threads.cores() == [3, 5] and reproduce.shares(2) == [{3}, {5}] and reproduce.shares(3) == []
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "sched_setaffinity")
-    assert device.cores() == list(range(os.cpu_count())) and reproduce.shares(1) == []
+    assert threads.cores() == list(range(os.cpu_count())) and reproduce.shares(1) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no binding of threads to cores here")

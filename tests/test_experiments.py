@@ -221,8 +221,9 @@ def test_settings_may_be_named_by_field_alone_where_that_is_clear():
         {"train.clip": 2.0, "model.pattern": "gaga"}
     )
     assert QUICK.replace({"train.steps": 9}, batch="7") == QUICK.replace({"train.steps": 9, "train.batch": 7})
-    with pytest.raises(ValueError, match=r"^steps: ambiguous; write one of task.steps, train.steps"):
-        QUICK.replace(steps=100)
+    assert QUICK.replace(steps=100) == QUICK.replace({"train.steps": 100})  # how long, not the task's t
+    with pytest.raises(ValueError, match=r"^window: ambiguous|^window: unknown"):
+        QUICK.replace(window=100)
     with pytest.raises(ValueError, match=r"^stepz: unknown; there are task.width, .*train.save_every"):
         QUICK.replace(stepz=100)
     assert sl.experiments.get("depo-quick").replace(steps=100).train.steps == 100

@@ -466,7 +466,7 @@ def test_swiglu(dtype, shape):
 
 @PRECISIONS
 def test_rotation_of_a_part(dtype):
-    x, (cos, sin) = noise(2, 9, 3, 4, 6, dtype=dtype), layers._angles(9, 6, 100.0, dtype, torch.device("cpu"))
+    x, (cos, sin) = noise(2, 9, 3, 4, 6, dtype=dtype), layers._rotary_table(9, 6, 100.0, dtype)
     for part in x.unbind(2):
         truth = oracles.rotate(part, torch.arange(9), 100.0).to(dtype)
         agree_with_torch(kernels.apply_rotary(part, cos, sin), truth, (x,))
@@ -489,7 +489,7 @@ def test_low_precision_takes_the_other_path_to_the_same_place():
     low["heads"], high["heads"] = (
         torch.cat([z.flatten(2) for z in kernels.split_heads(y, 1, 2)], -1) for y in (x, wide[0])
     )
-    cos, sin = layers._angles(9, 6, 100.0, torch.float32, torch.device("cpu"))
+    cos, sin = layers._rotary_table(9, 6, 100.0, torch.float32)
     low["turn"], high["turn"] = (
         kernels.apply_rotary(y.unsqueeze(2), cos.to(y.dtype), sin.to(y.dtype)) for y in (x, wide[0])
     )

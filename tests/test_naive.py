@@ -181,7 +181,7 @@ class Awake(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_awake_pass_can_be_exported(strict):
-    sl.layers._angles.cache_clear()  # a traced table kept for later would hold no numbers
+    sl.layers._rotary_table.cache_clear()  # a traced table kept for later would hold no numbers
     model, tokens = tiny_model("agj"), sequence(4)
     example = tokens, *model.initial_state(2).fast_weights
     program = torch.export.export(Awake(model), example, strict=strict)

@@ -24,6 +24,8 @@ def test_a_change_in_an_imported_file_makes_a_kernel_stale(tmp_path):
     package = tmp_path / "package" / "kernels"
     shutil.copytree(KERNELS, package, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     (package / "__init__.py").write_text("")
+    for name in ("checks.py", "threads.py"):
+        shutil.copy(KERNELS.parent / name, package.parent)
     code = """if True:
         import torch
         from package.kernels import gate

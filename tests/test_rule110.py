@@ -162,10 +162,10 @@ def test_rule_110_spells_110():
         (ValueError, "cells must be one row of integers", lambda: rule110_history([[0, 1]], 1)),
         (ValueError, "cells must be one row of integers; got float64", lambda: rule110_history([0.0], 1)),
         (ValueError, "steps must be an int of at least 0; got -1", lambda: rule110_history([0, 1], -1)),
-        (TypeError, "steps must be an int; got 1.0", lambda: rule110_history([0, 1], 1.0)),
-        (TypeError, "steps must be an int; got True", lambda: rule110_rollout([1], 5, True)),
+        (TypeError, "steps must be an int.*; got 1.0", lambda: rule110_history([0, 1], 1.0)),
+        (TypeError, "steps must be an int.*; got True", lambda: rule110_rollout([1], 5, True)),
         (ValueError, "steps must be an int of at least 0; got -1", lambda: rule110_rollout([1], 5, -1)),
-        (ValueError, "width must lie in 1 .. 63; got 64", lambda: rule110_rollout([1], 64, 1)),
+        (ValueError, "width must be an int in 1 .. 63; got 64", lambda: rule110_rollout([1], 64, 1)),
         (ValueError, "rows must lie in 0 .. 31; got 32 .. 32", lambda: rule110_rollout([32], 5, 1)),
         (ValueError, "rows must lie in 0 .. 31; got -1 .. 1", lambda: rule110_rollout([1, -1], 5, 1)),
         (ValueError, "rows must be one row of integers; got float32", lambda: rule110_rollout(ROW, 5, 1)),
@@ -187,12 +187,12 @@ def test_a_rollout_takes_rings_of_any_integer_kind():
 @pytest.mark.parametrize(
     "error, names, changes",
     [
-        (ValueError, "width must lie in 3 .. 63; got 64", dict(width=64)),
-        (ValueError, "width must lie", dict(width=2)),
-        (ValueError, "strings must lie", dict(strings=0)),
-        (ValueError, "steps must lie", dict(steps=-1)),
-        (TypeError, "steps must be an int; got 1.5", dict(steps=1.5)),
-        (TypeError, "width must be an int; got True", dict(width=True)),
+        (ValueError, "width must be an int in 3 .. 63; got 64", dict(width=64)),
+        (ValueError, "width must be an int in", dict(width=2)),
+        (ValueError, "strings must be an int in", dict(strings=0)),
+        (ValueError, "steps must be an int in", dict(steps=-1)),
+        (TypeError, "steps must be an int.*; got 1.5", dict(steps=1.5)),
+        (TypeError, "width must be an int.*; got True", dict(width=True)),
     ],
 )
 def test_a_bad_task_is_refused(error, names, changes):

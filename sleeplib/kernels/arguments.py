@@ -1,7 +1,7 @@
 """What every kernel asks of its arguments before it touches memory."""
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
@@ -41,10 +41,3 @@ def finite_number(name, x, default=None, least=-math.inf):
         bound = f" of at least {least}" if least == 0 else " or None" * (default is not None)
         raise ValueError(f"{name} must be a finite number{bound}; got {x!r}")
     return float(value)
-
-
-def positive_int(name, x):
-    """x as an int, Python's or NumPy's, of at least 1."""
-    if type(x) is not int and (not isinstance(x, Integral) or isinstance(x, bool)) or x < 1:
-        raise ValueError(f"{name} must be an int of at least 1; got {x!r}")
-    return int(x)

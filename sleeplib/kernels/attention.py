@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ..checks import integer
 from . import naive
-from .arguments import check_tensor, finite_number, positive_int
+from .arguments import check_tensor, finite_number
 from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 
@@ -123,7 +124,7 @@ def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
         raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: use one precision")
     window, scale = k.shape[1], finite_number("scale", scale, K**-0.5)
     if sliding_window is not None:
-        window = min(window, positive_int("sliding_window", sliding_window))
+        window = min(window, integer("sliding_window", sliding_window, 1))
     run = _Attention.apply if compiled(q, k, v) else naive.softmax_attention
     return run(q, k, v, scale, window)
 

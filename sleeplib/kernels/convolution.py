@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ..checks import integer
 from . import naive
-from .arguments import check_tensor, positive_int
+from .arguments import check_tensor
 from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient
@@ -111,7 +112,7 @@ def causal_convolution(x, weight, context=None, silu=False):
 def prepend_context(x, context, taps):
     """x (B, T, C) behind context (B, taps - 1, C), its newest predecessors; zeros if there is none."""
     check_tensor("x", x, ("B", "T", "C"))
-    taps = positive_int("taps", taps)
+    taps = integer("taps", taps, 1)
     if context is not None:
         check_tensor("context", context, (len(x), taps - 1, x.shape[2]), like=x)
     return naive.prepend_context(x, context, taps)

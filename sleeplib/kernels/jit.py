@@ -15,6 +15,8 @@ from numba.core.caching import FunctionCache
 from numba.extending import overload
 from torch.autograd.function import once_differentiable
 
+from ..threads import cores
+
 # Sums may be reordered and contracted to FMAs, and a division by zero is inf and no exception: both let LLVM
 # vectorise.  NaN and inf keep their meaning.
 NUMBA_OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
@@ -139,8 +141,7 @@ class Differentiable(torch.autograd.Function):
 @cache
 def _pool():
     """Threads for the kernels, made when first needed.  They sleep between calls; OpenMP's would spin."""
-    affinity = getattr(os, "sched_getaffinity", None)  # of this process, where the system knows such
-    return ThreadPoolExecutor(len(affinity(0)) if affinity else os.cpu_count(), "sleeplib")
+    return ThreadPoolExecutor(len(cores()), "sleeplib")
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ..checks import integer
 from . import naive
-from .arguments import check_tensor, finite_number, positive_int
+from .arguments import check_tensor, finite_number
 from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
@@ -111,7 +112,7 @@ def rms_norm(x, weight, eps, gate=None):
 def l2_normalize(x, eps=1e-6):
     """Scale the rows of x (..., K) to length 1: ``x / sqrt(sum(x^2) + eps)``."""
     check_tensor("x", x, (..., "K"))
-    positive_int("x.shape[-1]", x.shape[-1])
+    integer("x.shape[-1]", x.shape[-1], 1)
     return naive.l2_normalize(x, finite_number("eps", eps, least=0))
 
 
@@ -178,7 +179,7 @@ def split_heads(x, H, K, eps=1e-6):
     Chapter: 06_hybrid
     """
     check_tensor("x", x, (..., "H (2 K + V)"))
-    H, K, eps = positive_int("H", H), positive_int("K", K), finite_number("eps", eps, least=0)
+    H, K, eps = integer("H", H, 1), integer("K", K, 1), finite_number("eps", eps, least=0)
     if x.shape[-1] % H or x.shape[-1] <= 2 * H * K:
         raise ValueError(f"x must have shape (..., H (2 K + V)), H = {H}, K = {K}; got {tuple(x.shape)}")
     run = _SplitHeads.apply if compiled(x) else naive.split_heads

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..checks import integer
+
 IGNORE = -100
 SPLITS = ("train", "test")
 
@@ -114,7 +116,7 @@ class ContextTask:
             window of the question itself may still be missing.
         """
         windows = self.context // self.window
-        if not windows * self.window <= check_int("position", position, 0) < self.length:
+        if not windows * self.window <= integer("position", position, 0) < self.length:
             raise ValueError(
                 f"position: {position} tokens were read; the question comes after {self.context}, so sleep "
                 f"on {windows} windows of {self.window} first"
@@ -137,38 +139,19 @@ class ContextTask:
 
 def check_batch_request(count, rng, split):
     """Return `count` as an int; raise unless a batch can be drawn with these arguments."""
-    if not _is_int(count) or count < 1:
-        raise ValueError(f"count must be an int of at least 1; got {count!r}")
+    count = integer("count", count, 1)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng must be a numpy Generator; got {type(rng).__name__}")
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
-    return int(count)
-
-
-def _is_int(value):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def check_int(name, value, low, high=None):
-    """Return an int, NumPy's too, as Python's; raise an error that names the argument if it does not fit."""
-    if not _is_int(value):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if high is None and value < low:
-        raise ValueError(f"{name} must be an int of at least {low}; got {value}")
-    if high is not None and not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low} .. {high}; got {value}")
-    return int(value)
+    return count
 
 
 def check_pair(name, values):
     """Return two ints as a tuple, or raise an error that names the argument."""
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         raise TypeError(f"{name} must be 2 ints; got {values!r}")
-    for value in values:
-        if not _is_int(value):
-            raise TypeError(f"{name} must be 2 ints; got {value!r}")
-    return tuple(map(int, values))
+    return tuple(integer(name, value) for value in values)
 
 
 def score(logits, batch):

@@ -7,7 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .base import IGNORE, Batch, ContextTask, check_batch_request, check_int, check_pair
+from ..checks import integer
+from .base import IGNORE, Batch, ContextTask, check_batch_request, check_pair
 
 HELD_OUT = 8  # one cycle in HELD_OUT belongs to the test split
 TRIES = 2000  # cycles drawn one after another, none in the wanted split, before it is found empty
@@ -72,7 +73,7 @@ class Depo(ContextTask):
         object.__setattr__(self, "word", (low, high))
         limits = (("nodes", 3, 1000), ("hops", 1, 1000), ("letters", 1, 1000), ("queries", 1, 1000))
         for name, least, most in (*limits, ("windows", 1, 1000), ("fewest", 3, self.nodes)):
-            object.__setattr__(self, name, check_int(name, getattr(self, name), least, most))
+            object.__setattr__(self, name, integer(name, getattr(self, name), least, most))
         names = sum(self.letters**size for size in range(low, high + 1))
         # Names are drawn until they differ, which needs some that are left over, of the shortest kind too.
         left = names - self.nodes + 1

@@ -6,7 +6,7 @@ from itertools import count as count_from
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .base import check_int
+from ..checks import integer
 
 
 def _leave_ctrl_c_to_the_run(worker):
@@ -55,7 +55,7 @@ def stream(task, count, seed, *, start=0, split="train", workers=0):
     -----
     Chapter: 13_gsm_infinite
     """
-    start, workers = check_int("start", start, 0), check_int("workers", workers, 0)
+    start, workers = integer("start", start, 0), integer("workers", workers, 0)
     seed = tuple(seed) if np.ndim(seed) else (seed,)
     steps = _Steps(task, count, seed, start, split)
     loader = DataLoader(steps, batch_size=None, num_workers=workers, worker_init_fn=_leave_ctrl_c_to_the_run)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from ..checks import integer
 from ..kernels.jit import numba_kernel
-from .base import check_int
 
 # new cell = RULE[4 * left + 2 * self + right]; read from 111 down to 000 it spells 01101110 = 110
 RULE_110 = np.array([0, 1, 1, 1, 0, 1, 1, 0], dtype=np.uint8)
@@ -55,7 +55,7 @@ def rule110_history(cells, steps):
     cells = _integers("cells", cells, 2, np.uint8)
     if cells.size == 0:
         raise ValueError("cells must be one row of zeros and ones; got none")
-    out = np.empty((check_int("steps", steps, 0) + 1, cells.size), dtype=np.uint8)
+    out = np.empty((integer("steps", steps, 0) + 1, cells.size), dtype=np.uint8)
     _history(cells, len(out) - 1, RULE_110, out)
     return out
 
@@ -103,7 +103,7 @@ def rule110_rollout(rows, width, steps):
     -----
     Chapter: 11_rule110
     """
-    width, steps = check_int("width", width, 1, 63), check_int("steps", steps, 0)
+    width, steps = integer("width", width, 1, 63), integer("steps", steps, 0)
     return _rollout(_integers("rows", rows, 2**width, np.uint64), width, steps)
 
 

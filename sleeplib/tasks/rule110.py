@@ -7,7 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .base import IGNORE, Batch, ContextTask, check_batch_request, check_int
+from ..checks import integer
+from .base import IGNORE, Batch, ContextTask, check_batch_request
 from .rollouts import rule110_rollout
 
 HELD_OUT = 8  # one ring in HELD_OUT belongs to the test split
@@ -59,7 +60,7 @@ class Rule110(ContextTask):
 
     def __post_init__(self):
         for name, low, high in (("width", 3, 63), ("strings", 1, 1000), ("steps", 0, 100_000)):
-            object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
+            object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
 
     @property
     def vocab(self):

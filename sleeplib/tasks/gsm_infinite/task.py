@@ -8,7 +8,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from ..base import IGNORE, Batch, ContextTask, check_batch_request, check_int, check_pair, score
+from ...checks import integer
+from ..base import IGNORE, Batch, ContextTask, check_batch_request, check_pair, score
 from .chance import LEVELS, MODES, estimate_chance, target_words
 from .language import THEMES, WORDS, vocabulary
 from .problem import check_possible, draw_problem, draw_until
@@ -110,7 +111,7 @@ class GSMInfinite(ContextTask):
                 order = "" if name == "noise" else ", the smaller first"
                 raise ValueError(f"{name} must lie in {low} .. {high}{order}; got {value!r}")
         for name, (low, high) in {"window": (1, 1_000_000), "max_value": (4, 1000)}.items():
-            object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
+            object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
         for name, known in {"theme": tuple(THEMES), "mode": MODES, "level": LEVELS}.items():
             if getattr(self, name) not in (None, *known):
                 raise ValueError(
