@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checks import integer
+from .checks import integer, token_tensor
 from .state import LMState, check_eviction
 
 IGNORE = -100  # the label of a position where nothing is asked
@@ -92,8 +92,6 @@ class SleepOutput:
     state : LMState
         After the last chunk.
 
-    Notes
-    -----
     Chapter: 08_sleep
     """
 
@@ -110,8 +108,6 @@ def awake_chunks(labels, window):
     ValueError
         If some rows have labels in a chunk and others have none.
 
-    Notes
-    -----
     Chapter: 08_sleep
     """
     if labels.ndim != 2:
@@ -128,18 +124,9 @@ def awake_chunks(labels, window):
 
 
 def sleep_forward(
-    model,
-    inputs,
-    labels,
-    *,
-    window,
-    passes=4,
-    eviction="hard",
-    state=None,
-    checkpoint=False,
-    return_logits=True,
-    awake=None,
-):
+    model, inputs, labels, *, window, passes=4, eviction="hard", state=None,
+    checkpoint=False, return_logits=True, awake=None,
+):  # fmt: skip
     """Algorithm 1: read a sequence window by window, asleep where nothing is asked, awake where something is.
 
     Parameters
@@ -186,7 +173,10 @@ def sleep_forward(
     check_model(model)
     passes, window = check_passes(passes), integer("window", window, 1)
     check_eviction(eviction)
-    _check_labels(inputs, labels, model.vocab_size)
+    token_tensor("inputs", inputs, model.vocab_size)
+    token_tensor("labels", labels, model.vocab_size, IGNORE)
+    if labels.shape != inputs.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of inputs {tuple(inputs.shape)}")
     awake = awake_chunks(labels, window) if awake is None else _check_awake(awake, labels, window)
     state = model.initial_state(inputs.shape[0]) if state is None else state
     key_window = window if eviction == "sliding" else None
@@ -209,10 +199,9 @@ def sleep_forward(
             logits, state = step(predict, tokens, state)
             state = state.evict(eviction, window)
             wide = torch.promote_types(torch.float32, logits.dtype)
-            losses = F.cross_entropy(
-                logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-            )
-            total, count = total + losses, count + (targets != IGNORE).sum()
+            flat = logits.flatten(0, 1).to(wide), targets.flatten()
+            total = total + F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
+            count = count + (targets != IGNORE).sum()
         elif tokens.shape[1] == window:
             state = step(consolidate, tokens, state)
         else:
@@ -237,22 +226,6 @@ def check_model(model):
 def check_passes(passes):
     """Return N as an int; raise an error if it is none, or below 1."""
     return integer("passes", passes, 1, 100_000, hint=" (to wake unslept, reset the state)")
-
-
-def _check_labels(inputs, labels, vocab_size):
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
-        raise TypeError(
-            f"labels must be an int64 tensor; got {getattr(labels, 'dtype', type(labels).__name__)}"
-        )
-    if not isinstance(inputs, torch.Tensor):
-        raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}")
-    if inputs.ndim != 2 or 0 in inputs.shape:
-        raise ValueError(f"inputs must have shape (B, T), neither of them 0; got {tuple(inputs.shape)}")
-    if labels.shape != inputs.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of inputs {tuple(inputs.shape)}")
-    readable = labels.device.type == "cpu"  # on a GPU it would wait
-    if readable and not ((labels == IGNORE) | (labels >= 0) & (labels < vocab_size)).all():
-        raise ValueError(f"labels must be {IGNORE} or lie in 0 .. {vocab_size - 1}")
 
 
 def _check_awake(awake, labels, window):

@@ -4,21 +4,15 @@ import math
 import numbers
 import operator
 
+import torch
+
 
 class Unfit(TypeError, ValueError):
     """A value of the wrong type: callers that expect either kind of error are right."""
 
 
 def integer(name, value, low=None, high=None, hint=""):
-    """Return `value` as an int, NumPy's included; raise an error that names the argument if it does not fit.
-
-    Raises
-    ------
-    Unfit
-        If `value` is no integer; True and False are none.
-    ValueError
-        If it lies below `low` or above `high`.
-    """
+    """Return `value`, NumPy's too, as an int; refuse what is none (True is none) or out of range, by name."""
     limits = "" if low is None else f" of at least {low}" if high is None else f" in {low} .. {high}"
     try:
         number = operator.index(value)
@@ -32,17 +26,21 @@ def integer(name, value, low=None, high=None, hint=""):
 
 
 def real(name, value, above=-math.inf):
-    """Return `value` as a finite float above `above`; raise an error that names the argument if it is none.
-
-    Raises
-    ------
-    Unfit
-        If `value` is no real number.
-    ValueError
-        If it is NaN, infinite, or not above `above`.
-    """
+    """Return `value` as a float; refuse what is no number, not finite or not above `above`, by name."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise Unfit(f"{name} must be a number; got {value!r}")
     if not above < value < math.inf:
         raise ValueError(f"{name} must be finite and above {above:g}; got {value!r}")
     return float(value)
+
+
+def token_tensor(name, x, vocab_size, ignored=None):
+    """Refuse what is no int64 tensor (B, T) of tokens, or `ignored`; a GPU is not made to wait for that."""
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"{name} must have shape (B, T), neither of them 0; got {tuple(x.shape)}")
+    readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not bool((((x >= 0) & (x < vocab_size)) | (x == ignored if ignored else False)).all()):
+        also = f"be {ignored} or " if ignored else ""
+        raise ValueError(f"{name} must {also}lie in 0 .. {vocab_size - 1}; got {x.min()} .. {x.max()}")

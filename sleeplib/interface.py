@@ -24,8 +24,6 @@ class Sleepable:
     vocab_size, d_model : int
         Number of tokens, width D.
 
-    Notes
-    -----
     Chapter: 08_sleep
     """
 
@@ -42,26 +40,12 @@ class Sleepable:
     def run(self, h, memories, order, window=None, write_only=False):
         """Run blocks over h (B, T, D), in any order, equation (6).
 
-        However often a block is visited, it finds the cache that it had before the first visit, and the fast
-        weight that the visit before has written.
+        `memories` is a list of one :class:`Memory` a block, `order` the numbers of the blocks to visit, and
+        `window` how many of its newest keys a query sees.  However often a block is visited, it finds the
+        cache that it had before the first visit, and the fast weight that the visit before has written.  With
+        `write_only` the h at the end is of no use to anyone, and the last block only writes.
 
-        Parameters
-        ----------
-        h : torch.Tensor, shape (B, T, D)
-        memories : list of Memory
-            One for each block of the model.
-        order : sequence of int
-            Which blocks to visit.
-        window : int, optional
-            A query sees its newest `window` keys, itself included.
-        write_only : bool
-            Whether the h at the end is of no use to anyone; then the last block only writes.
-
-        Returns
-        -------
-        h : torch.Tensor, shape (B, T, D), or None
-        memories : list of Memory
-            Of the blocks visited, what the last visit leaves; of the others, what they were.
+        Returns the h at the end, or None, and the memories: of blocks visited, what the last visit leaves.
         """
         after = list(memories)
         for visit, i in enumerate(order, 1):

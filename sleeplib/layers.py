@@ -22,20 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels import (
-    apply_rotary,
-    causal_convolution,
-    compiled,
-    gated_delta_rule,
-    gated_hebbian_rule,
-    naive,
-    prepend_context,
-    rms_norm,
-    softmax_attention,
-    split_heads,
-    swiglu,
-    use_numba,
-)
+from . import kernels
 from .state import Memory
 
 SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (python -m sleeplib bench)
@@ -75,8 +62,6 @@ class RMSNorm(nn.Module):
     eps : float
         Added under the root.
 
-    Notes
-    -----
     Chapter: 06_hybrid
     """
 
@@ -87,7 +72,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, gate=None):
         """Map x (..., size) to y (..., size), times ``silu(gate)`` where there is a gate (..., size)."""
-        return rms_norm(x, self.weight, self.eps, gate)
+        return kernels.rms_norm(x, self.weight, self.eps, gate)
 
 
 def rotary_angles(positions, size, base, dtype):
@@ -114,9 +99,10 @@ def rotate(x, start, base):
     """
     T, K = x.shape[1], x.shape[3]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return apply_rotary(x, *(table[start:] for table in _rotary_table(start + T, K, base, x.dtype)))
+        cos, sin = _rotary_table(start + T, K, base, x.dtype)
+        return kernels.apply_rotary(x, cos[start:], sin[start:])
     positions = torch.arange(start, start + T, device=x.device)
-    return apply_rotary(x, *rotary_angles(positions, K, base, x.dtype))
+    return kernels.apply_rotary(x, *rotary_angles(positions, K, base, x.dtype))
 
 
 class Attention(nn.Module):
@@ -129,8 +115,6 @@ class Attention(nn.Module):
     rope_base : float
         Base of the rotary rates.
 
-    Notes
-    -----
     Chapter: 01_attention
     """
 
@@ -160,8 +144,8 @@ class Attention(nn.Module):
             q, k = rotate(q, S - T, self.rope_base), rotate(k, 0, self.rope_base)
         else:
             turns = rotary_angles(ages[..., :1] - ages, q.shape[3], self.rope_base, x.dtype)
-            q = naive.apply_rotary(q, *(table[..., S - T :, :] for table in turns))
-            k = naive.apply_rotary(k, *turns)
+            q = kernels.naive.apply_rotary(q, *(table[..., S - T :, :] for table in turns))
+            k = kernels.naive.apply_rotary(k, *turns)
         return self.o(attend(q, k, v, sliding_window, ages).flatten(2)), memory
 
     def _check(self, memory, k):
@@ -175,9 +159,8 @@ class Attention(nn.Module):
         ages = memory.ages
         if not fits or ages is not None and tuple(ages.shape) not in ((old[1],), (B, old[1])):
             shapes = [tuple(x.shape) for x in (*memory.kv, ages) if x is not None]
-            raise ValueError(
-                f"state: cached keys and values must be (B, S, H, K) = ({B}, S, {H}, {K}); got {shapes}"
-            )
+            wanted = f"(B, S, H, K) = ({B}, S, {H}, {K})"
+            raise ValueError(f"state: cached keys and values must be {wanted}; got {shapes}")
         return ages
 
 
@@ -188,15 +171,14 @@ def attend(q, k, v, sliding_window=None, ages=None):
     """
     T, S = q.shape[1], k.shape[1]
     whole = sliding_window is None or ages is None and sliding_window >= S
-    loops = not use_numba.on or S <= SHORT and compiled(q, k, v)
+    loops = not kernels.use_numba.on or S <= SHORT and kernels.compiled(q, k, v)
     if loops and (whole or ages is None):
-        return softmax_attention(q, k, v, sliding_window=None if whole else sliding_window)
+        return kernels.softmax_attention(q, k, v, sliding_window=None if whole else sliding_window)
     mask = None
     if not whole or T > 1 and S > T:
         ages = torch.arange(S, 0, -1, device=q.device) if ages is None else ages
-        age = ages.unsqueeze(-2) - ages[..., S - T :].unsqueeze(
-            -1
-        )  # (T, S) or (B, T, S): of a key for a query
+        own = ages[..., S - T :].unsqueeze(-1)
+        age = ages.unsqueeze(-2) - own  # (T, S) or (B, T, S), of a key for a query
         mask = (age >= 0) if whole else (age >= 0) & (age < sliding_window)
         mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # one for all heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -207,7 +189,7 @@ def attend(q, k, v, sliding_window=None, ages=None):
 def newest(x, context, count):
     """The newest `count` of the inputs x (B, T, C) and, before them, context (B, count, C) or zeros."""
     T = x.shape[1]
-    return x[:, T - count :] if T >= count else prepend_context(x, context, count + 1)[:, T:]
+    return x[:, T - count :] if T >= count else kernels.prepend_context(x, context, count + 1)[:, T:]
 
 
 class ShortConvolution(nn.Module):
@@ -218,8 +200,6 @@ class ShortConvolution(nn.Module):
     channels, taps : int
         Channels C and filter length.
 
-    Notes
-    -----
     Chapter: 06_hybrid
     """
 
@@ -230,7 +210,8 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x, context):
         """Map x (B, T, C) and its context (B, taps - 1, C) or None to y (B, T, C) and the next context."""
-        return causal_convolution(x, self.weight, context, silu=True), newest(x, context, self.taps - 1)
+        y = kernels.causal_convolution(x, self.weight, context, silu=True)
+        return y, newest(x, context, self.taps - 1)
 
 
 class DynamicConvolution(nn.Module):
@@ -260,7 +241,7 @@ class DynamicConvolution(nn.Module):
     def forward(self, values, x, context):
         """Filter values (B, T, C) by the kernels that x (B, T, D) asks for; also the next context."""
         filters = self.up(F.silu(self.down(x))).unflatten(-1, (self.taps, -1))  # (B, T, taps, C)
-        T, past = values.shape[1], prepend_context(values, context, self.taps)
+        T, past = values.shape[1], kernels.prepend_context(values, context, self.taps)
         y = sum(past[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
         return F.silu(y), newest(values, context, self.taps - 1)
 
@@ -284,8 +265,6 @@ class GatedDeltaNet(nn.Module):
     backend : str
         See :func:`gated_delta_rule`.
 
-    Notes
-    -----
     Chapter: 06_hybrid
     """
 
@@ -294,15 +273,14 @@ class GatedDeltaNet(nn.Module):
     ):
         super().__init__()
         H, K, V = num_heads, key_size, value_size
-        self.num_heads, self.key_size, self.value_size, self.dynamic = H, K, V, dynamic
-        self.backend = backend
-        self.rule = {"delta": gated_delta_rule, "hebbian": gated_hebbian_rule}[rule]
+        self.num_heads, self.key_size, self.value_size = H, K, V
+        self.dynamic, self.backend = dynamic, backend
+        self.rule = {"delta": kernels.gated_delta_rule, "hebbian": kernels.gated_hebbian_rule}[rule]
         self.q, self.k = linear(d_model, H * K), linear(d_model, H * K)
         self.v, self.gate = linear(d_model, H * V), linear(d_model, H * V)
         self.a, self.b = linear(d_model, H), linear(d_model, H)
-        self.conv = (
-            DynamicConvolution(d_model, H * V, taps) if dynamic else ShortConvolution(2 * H * K + H * V, taps)
-        )
+        channels = 2 * H * K + H * V
+        self.conv = DynamicConvolution(d_model, H * V, taps) if dynamic else ShortConvolution(channels, taps)
         # Each head starts with its own memory span: A_log spreads the rates, dt_bias the step sizes.
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
         dt = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
@@ -322,7 +300,7 @@ class GatedDeltaNet(nn.Module):
             qkv = torch.cat((F.silu(qk), v), dim=-1)  # (B, T, H (2 K + V))
         else:
             qkv, conv = self.conv(qkv, memory.conv)  # (B, T, C), (B, taps - 1, C), C = H (2 K + V)
-        q, k, v = split_heads(qkv, H, K)  # (B, T, H, K) twice, of length 1, and (B, T, H, V)
+        q, k, v = kernels.split_heads(qkv, H, K)  # (B, T, H, K) twice, of length 1, and (B, T, H, V)
         wide = torch.promote_types(torch.float32, self.A_log.dtype)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)  # (B, T, H)
         beta = b.to(wide).sigmoid()  # (B, T, H)
@@ -340,10 +318,8 @@ class GatedDeltaNet(nn.Module):
         if memory.conv is not None:
             wanted = (len(x), self.conv.taps - 1, self.conv.channels)
             if tuple(memory.conv.shape) != wanted:
-                raise ValueError(
-                    f"state: the convolution context must be (B, taps - 1, channels) = {wanted}; "
-                    f"got {tuple(memory.conv.shape)}"
-                )
+                what = f"the convolution context must be (B, taps - 1, channels) = {wanted}"
+                raise ValueError(f"state: {what}; got {tuple(memory.conv.shape)}")
 
 
 class SwiGLU(nn.Module):
@@ -354,8 +330,6 @@ class SwiGLU(nn.Module):
     d_model, hidden : int
         Width in and out, width inside.
 
-    Notes
-    -----
     Chapter: 06_hybrid
     """
 
@@ -365,4 +339,4 @@ class SwiGLU(nn.Module):
         self.down = linear(hidden, d_model, zero=True)
 
     def forward(self, x):
-        return self.down(swiglu(project(x, self.gate, self.up)))
+        return self.down(kernels.swiglu(project(x, self.gate, self.up)))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .checks import integer, real
+from .checks import integer, real, token_tensor
 from .interface import Sleepable
 from .kernels import BACKENDS
 from .layers import Attention, GatedDeltaNet, RMSNorm, SwiGLU, linear
@@ -27,10 +27,8 @@ class ModelConfig:
 
     Parameters
     ----------
-    vocab_size : int
-        Number of tokens.
-    d_model : int
-        Width D.
+    vocab_size, d_model : int
+        Number of tokens, width D.
     pattern : str
         One letter a block: ``a`` attention, ``g`` gated delta, ``h`` gated Hebbian, ``j`` Jet.
     num_heads : int
@@ -41,10 +39,8 @@ class ModelConfig:
         K and V of a fast weight; ``d_model / num_heads`` and twice that if absent.
     mlp_size : int, optional
         Hidden width of the feed-forward layers; 8/3 of D, rounded up to a multiple of 16, if absent.
-    conv_taps : int
-        Length of the short convolutions.
-    rope_base : float
-        Base of the rotary rates.
+    conv_taps, rope_base : int, float
+        Length of the short convolutions, base of the rotary rates.
     backend : str
         Backend of the recurrences, see :func:`gated_delta_rule`.
 
@@ -81,9 +77,8 @@ class ModelConfig:
             if value is not None or name not in optional:
                 object.__setattr__(self, name, integer(name, value, 1, LARGEST))
         if self.d_model % (2 * self.num_heads):
-            raise ValueError(
-                f"d_model must be a multiple of 2 * num_heads = {2 * self.num_heads}; got {self.d_model}"
-            )
+            wanted = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
+            raise ValueError(f"d_model must be {wanted}; got {self.d_model}")
         object.__setattr__(self, "rope_base", real("rope_base", self.rope_base, above=1))
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
@@ -91,9 +86,8 @@ class ModelConfig:
             loop = tuple(self.loop) if isinstance(self.loop, (tuple, list)) else ()
             whole = len(loop) == 2 and all(type(i) is int for i in loop)
             if not whole or not 0 <= loop[0] <= loop[1] < len(self.pattern):
-                raise ValueError(
-                    f"loop must be (first, last), 0 <= first <= last < {len(self.pattern)}; got {self.loop!r}"
-                )
+                wanted = f"(first, last), 0 <= first <= last < {len(self.pattern)}"
+                raise ValueError(f"loop must be {wanted}; got {self.loop!r}")
             object.__setattr__(self, "loop", loop)
 
     @property
@@ -115,8 +109,6 @@ class ModelConfig:
 class Block(nn.Module):
     """Pre-norm mixer and pre-norm feed-forward layer, each with a residual connection.
 
-    Notes
-    -----
     Chapter: 06_hybrid
     """
 
@@ -124,20 +116,11 @@ class Block(nn.Module):
         super().__init__()
         D, H = config.d_model, config.num_heads
         self.mixer_norm, self.mlp_norm = RMSNorm(D), RMSNorm(D)
-        self.mixer = (
-            Attention(D, H, config.rope_base)
-            if kind == "a"
-            else GatedDeltaNet(
-                D,
-                H,
-                config.K,
-                config.V,
-                config.conv_taps,
-                rule="hebbian" if kind == "h" else "delta",
-                dynamic=kind == "j",
-                backend=config.backend,
-            )
-        )
+        if kind == "a":
+            self.mixer = Attention(D, H, config.rope_base)
+        else:
+            rule, sizes = "hebbian" if kind == "h" else "delta", (config.K, config.V, config.conv_taps)
+            self.mixer = GatedDeltaNet(D, H, *sizes, rule, dynamic=kind == "j", backend=config.backend)
         self.mlp = SwiGLU(D, config.hidden)
 
     def forward(self, h, memory, sliding_window=None, write_only=False):
@@ -166,54 +149,28 @@ class HybridLM(Sleepable, nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.vocab_size, self.d_model = config, config.vocab_size, config.d_model
+        self.loop = config.loop or (0, len(config.pattern) - 1)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(kind, config) for kind in config.pattern)
         self.norm = RMSNorm(config.d_model)
         self.head = linear(config.d_model, config.vocab_size)
 
     @property
-    def vocab_size(self):
-        """Number of tokens."""
-        return self.config.vocab_size
-
-    @property
-    def d_model(self):
-        """Width D."""
-        return self.config.d_model
-
-    @property
     def dtype(self):
         """Precision of the weights, and of h."""
         return self.head.weight.dtype
-
-    @property
-    def loop(self):
-        """First and last looped block."""
-        return self.config.loop or (0, len(self.layers) - 1)
 
     def initial_state(self, batch_size):
         """Return an :class:`LMState` with empty caches and zero fast weights, on the model's device."""
         c, weight = self.config, self.head.weight
         shape = (integer("batch_size", batch_size, 1), c.num_heads, c.K, c.V)
         wide = torch.promote_types(torch.float32, weight.dtype)
-        return LMState(
-            tuple(None if kind == "a" else weight.new_zeros(shape, dtype=wide) for kind in c.pattern)
-        )
+        return LMState(tuple(None if k == "a" else weight.new_zeros(shape, dtype=wide) for k in c.pattern))
 
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D)."""
-        if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
-            kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-            raise TypeError(f"tokens must be an int64 tensor; got {kind}")
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(f"tokens must have shape (B, T), neither of them 0; got {tuple(tokens.shape)}")
-        readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not bool(((tokens >= 0) & (tokens < self.config.vocab_size)).all()):
-            raise ValueError(
-                f"tokens must lie in 0 .. {self.config.vocab_size - 1}; "
-                f"got {int(tokens.min())} .. {int(tokens.max())}"
-            )
+        token_tensor("tokens", tokens, self.vocab_size)
         return self.embedding(tokens)
 
     def readout(self, h):
@@ -229,9 +186,8 @@ class HybridLM(Sleepable, nn.Module):
     def save(self, folder):
         """Write ``config.json`` and ``model.safetensors`` to `folder`, each whole or not at all."""
         folder = Path(folder)
-        write_atomically(
-            folder / "model.safetensors", save({k: v.contiguous() for k, v in self.state_dict().items()})
-        )
+        weights = save({k: v.contiguous() for k, v in self.state_dict().items()})
+        write_atomically(folder / "model.safetensors", weights)
         text = json.dumps(dataclasses.asdict(self.config), indent=1)
         write_atomically(folder / "config.json", text.encode())
 

@@ -25,8 +25,6 @@ class Memory(NamedTuple):
         Where each cached key stands, counted back from the next token (1 is the token just before it), the
         oldest first.  None means that there is no gap: S, ..., 2, 1.
 
-    Notes
-    -----
     Chapter: 04_delta_rule
     """
 
@@ -53,8 +51,6 @@ class LMState:
     key_ages : tuple or None
         For each block the ages of its cached keys, see :class:`Memory`, or None where the cache has no gap.
 
-    Notes
-    -----
     Chapter: 08_sleep
     """
 

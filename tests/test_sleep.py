@@ -142,9 +142,9 @@ def test_a_window_is_asked_for_where_it_is_needed():
         (ValueError, "labels .1, 10. must have the shape", lambda t, y: (t, y[:1])),  # would broadcast
         (TypeError, "labels must be an int64 tensor", lambda t, y: (t, y.float())),
         (TypeError, "labels must be an int64 tensor", lambda t, y: (t, y.tolist())),
-        (TypeError, "tokens must be an int64 tensor", lambda t, y: (t.float(), y)),
+        (TypeError, "inputs must be an int64 tensor", lambda t, y: (t.float(), y)),
         (ValueError, "inputs must have shape .B, T.", lambda t, y: (t[0], y[0])),
-        (ValueError, "tokens must lie in", lambda t, y: (t + VOCAB, y)),
+        (ValueError, "inputs must lie in", lambda t, y: (t + VOCAB, y)),
         (TypeError, "inputs must be an int64 tensor; got list", lambda t, y: (t.tolist(), y)),
         (ValueError, "labels must be -100 or lie in 0 .. 5", lambda t, y: (t, y.clamp(min=-1))),
         (ValueError, "labels must be -100 or lie in", lambda t, y: (t, y + VOCAB * (y >= 0))),
