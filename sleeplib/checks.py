@@ -6,6 +6,8 @@ import operator
 
 import torch
 
+LARGEST = 2**31 - 1  # no size, number of passes or of tokens is beyond it
+
 
 class Unfit(TypeError, ValueError):
     """A value of the wrong type: callers that expect either kind of error are right."""
@@ -14,13 +16,14 @@ class Unfit(TypeError, ValueError):
 def integer(name, value, low=None, high=None, hint=""):
     """Return `value`, NumPy's too, as an int; refuse what is none (True is none) or out of range, by name."""
     limits = "" if low is None else f" of at least {low}" if high is None else f" in {low} .. {high}"
+    high = LARGEST if high is None else high
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise Unfit(f"{name} must be an int{limits}; got {value!r}{hint}")
-    if low is not None and number < low or high is not None and number > high:
+    if low is not None and number < low or number > high:
         raise ValueError(f"{name} must be an int{limits}; got {number}{hint}")
     return number
 
@@ -34,10 +37,23 @@ def real(name, value, above=-math.inf):
     return float(value)
 
 
+def _kind(x):
+    return f"{x.dtype}, {x.layout}" if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def float_tensor(name, x, shape):
+    """Refuse what is no dense float tensor of this shape, a letter standing for any size of at least 1."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a floating-point tensor; got {_kind(x)}")
+    fits = len(shape) == x.ndim and all(n == m or m and type(n) is str for n, m in zip(shape, x.shape))
+    if not fits:
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}); got {tuple(x.shape)}")
+
+
 def token_tensor(name, x, vocab_size, ignored=None):
     """Refuse what is no int64 tensor (B, T) of tokens, or `ignored`; a GPU is not made to wait for that."""
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.int64 or x.layout is not torch.strided:
+        raise TypeError(f"{name} must be an int64 tensor; got {_kind(x)}")
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} must have shape (B, T), neither of them 0; got {tuple(x.shape)}")
     readable = x.device.type == "cpu" and not torch.compiler.is_compiling()

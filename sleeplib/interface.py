@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import integer
+from .checks import float_tensor, integer
 from .state import LMState
 
 
@@ -83,31 +83,29 @@ class Sleepable:
         passes = integer("passes", passes, 1, 100_000)
         window = None if window is None else integer("window", window, 1)
         self.check_h(h)
-        self.check_state(state, len(h))
+        self.check_state(state, h)
         position = state.position + h.shape[1]
         h, memories = self.run(h, state.blocks(), self.order(passes), window, write_only)
         return h, LMState.from_blocks(memories, position)
 
     def check_h(self, h):
-        """Raise an error unless h is a float tensor (B, T, D) of the model's width and precision."""
-        if not isinstance(h, torch.Tensor) or not h.is_floating_point():
-            raise TypeError(f"h must be a floating-point tensor; got {getattr(h, 'dtype', type(h).__name__)}")
-        if h.ndim != 3 or h.shape[2] != self.d_model or 0 in h.shape:
-            raise ValueError(f"h must have shape (B, T, {self.d_model}); got {tuple(h.shape)}")
-        if h.dtype != getattr(self, "dtype", h.dtype) and not torch.is_autocast_enabled(h.device.type):
-            raise TypeError(f"h must be {self.dtype}, as the model is; got {h.dtype}")
+        """Raise an error unless h is a float tensor (B, T, D) of the model's width, precision and device."""
+        float_tensor("h", h, ("B", "T", self.d_model))
+        dtype, device = getattr(self, "dtype", h.dtype), getattr(self, "device", h.device)
+        if h.device != device or h.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"h must be {dtype} on {device}, as the model is; got {h.dtype} on {h.device}")
 
-    def check_state(self, state, rows):
-        """Raise an error unless `state` has as many blocks as the model and is of `rows` rows."""
+    def check_state(self, state, h):
+        """Raise an error unless `state` has as many blocks as the model, and tensors that go with h."""
         if not isinstance(state, LMState):
             raise TypeError(f"state must be an LMState; got {type(state).__name__}")
-        depth, fields = len(self.layers), (state.fast_weights, state.kv, state.conv, state.key_ages)
-        if not all(x is None or isinstance(x, tuple) for x in fields) or state.fast_weights is None:
-            raise TypeError("state: its fields must be tuples, one entry a block")
-        if odd := {len(x) for x in fields if x is not None} - {depth}:
-            raise ValueError(f"state has {odd.pop()} blocks, the model {depth}: not of this model")
-        tensors = list(state.tensors())
-        if not all(isinstance(x, torch.Tensor) and x.ndim for x in tensors):
-            raise TypeError("state: its fields must hold tensors or None")
-        if not state.rows <= {rows}:
-            raise ValueError(f"state is not of {rows} rows, as the tokens are")
+        depth = len(self.layers)
+        for field in (state.fast_weights, state.kv, state.conv, state.key_ages):
+            if field is not None and len(field) != depth:
+                raise ValueError(f"state has {len(field)} blocks, the model {depth}: not of this model")
+        for S, kv, conv, _ in state.blocks():
+            for x in (S, *(kv or ()), conv):
+                if x is not None and not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim):
+                    raise TypeError("state: its fields must hold floating-point tensors or None")
+                if x is not None and (len(x) != len(h) or x.device != h.device):
+                    raise ValueError(f"state is not of {len(h)} rows on {h.device}, as the tokens are")

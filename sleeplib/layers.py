@@ -156,10 +156,11 @@ class Attention(nn.Module):
             return None
         (B, _, H, K), old = k.shape, memory.kv[0].shape
         fits = len(old) == 4 and (old[0], *old[2:]) == (B, H, K) and memory.kv[1].shape == old
+        fits = fits and memory.kv[0].dtype == memory.kv[1].dtype == k.dtype
         ages = memory.ages
         if not fits or ages is not None and tuple(ages.shape) not in ((old[1],), (B, old[1])):
-            shapes = [tuple(x.shape) for x in (*memory.kv, ages) if x is not None]
-            wanted = f"(B, S, H, K) = ({B}, S, {H}, {K})"
+            shapes = [(tuple(x.shape), x.dtype) for x in (*memory.kv, ages) if x is not None]
+            wanted = f"(B, S, H, K) = ({B}, S, {H}, {K}) in {k.dtype}"
             raise ValueError(f"state: cached keys and values must be {wanted}; got {shapes}")
         return ages
 

@@ -18,7 +18,6 @@ from .records import kept_model_path, write_atomically
 from .state import LMState
 
 MIXERS = "aghj"
-LARGEST = 2**24  # no size of a model is beyond it
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "num_heads", "conv_taps", *optional):
             value = getattr(self, name)
             if value is not None or name not in optional:
-                object.__setattr__(self, name, integer(name, value, 1, LARGEST))
+                object.__setattr__(self, name, integer(name, value, 1))
         if self.d_model % (2 * self.num_heads):
             wanted = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
             raise ValueError(f"d_model must be {wanted}; got {self.d_model}")
@@ -161,6 +160,11 @@ class HybridLM(Sleepable, nn.Module):
         """Precision of the weights, and of h."""
         return self.head.weight.dtype
 
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.head.weight.device
+
     def initial_state(self, batch_size):
         """Return an :class:`LMState` with empty caches and zero fast weights, on the model's device."""
         c, weight = self.config, self.head.weight
@@ -171,6 +175,8 @@ class HybridLM(Sleepable, nn.Module):
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D)."""
         token_tensor("tokens", tokens, self.vocab_size)
+        if tokens.device != self.device:
+            raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}")
         return self.embedding(tokens)
 
     def readout(self, h):

@@ -60,15 +60,10 @@ class LMState:
     position: int = 0
     key_ages: tuple | None = None
 
-    @property
-    def depth(self):
-        """How many blocks there are."""
-        return len(self.fast_weights)
-
-    @property
-    def rows(self):
-        """The batch sizes of all tensors, as a set: one number, unless the state was put together wrongly."""
-        return {len(x) for x in self.tensors() if x.is_floating_point()}
+    def __post_init__(self):
+        for name in ("fast_weights", "kv", "conv", "key_ages"):
+            if not isinstance(getattr(self, name), tuple | None):
+                raise TypeError(f"{name} must be a tuple, one entry a block; got {getattr(self, name)!r}")
 
     def tensors(self):
         """Every tensor of the state."""
@@ -82,7 +77,7 @@ class LMState:
 
     def blocks(self):
         """The memories of all blocks, a list."""
-        return [self.block(i) for i in range(self.depth)]
+        return [self.block(i) for i in range(len(self.fast_weights))]
 
     @classmethod
     def from_blocks(cls, memories, position):

@@ -8,7 +8,9 @@ import argparse
 import copy
 import dataclasses
 import re
+import signal
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -233,11 +235,40 @@ def attempt(name, seed, number, truth=False):
     return call, x, bent, key[1]
 
 
+@contextmanager
+def limited(seconds):
+    """Raise TimeoutError if what is inside takes longer (where the system has an alarm clock)."""
+
+    def ring(number, frame):
+        raise TimeoutError(f"hangs: {seconds} s were not enough")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def one_call(name, seed, number):
     """What became of a call: "right" or "refused", or a sentence that says what is wrong."""
+    try:
+        with limited(20):
+            return verdict_of(name, seed, number)
+    except TimeoutError as error:
+        return str(error)
+
+
+def verdict_of(name, seed, number):
     call, x, bent, dtype = attempt(name, seed, number)
     try:
         ours = flat(call(**x))
+    except TimeoutError:
+        raise
     except (TypeError, ValueError) as error:
         words = "|".join(map(re.escape, (*x, *ALSO)))
         if not bent:

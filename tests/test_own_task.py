@@ -72,7 +72,8 @@ def test_a_model_learns_it():
     assert result["token"] > task.chance()["token"] + 0.3
 
 
-def test_the_page_runs_and_shows_this_very_task(capsys):
+def test_the_page_runs_and_shows_this_very_task(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     first, *rest = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(first, names)
@@ -81,6 +82,7 @@ def test_the_page_runs_and_shows_this_very_task(capsys):
     assert torch.equal(theirs.inputs, ours.inputs) and torch.equal(theirs.labels, ours.labels)
     assert isinstance(names["FirstToken"](), Task)
     for code in rest:
-        exec(code.replace("range(60)", "range(2)"), names)
+        exec(code.replace("range(60)", "range(2)").replace("steps=60", "steps=2"), names)
+    assert (tmp_path / "my-runs" / "first-token" / "N2-seed0.json").is_file()
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"It prints: `{last}`" in PAGE.read_text()

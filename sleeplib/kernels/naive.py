@@ -49,8 +49,12 @@ def prepend_context(x, context, taps):
 def causal_convolution(x, weight, context, silu):
     """One filter weight[:, c] over time for each channel c of x (B, T, C), then SiLU if wanted."""
     taps, T = len(weight), x.shape[1]
-    x = prepend_context(x, context, taps)
-    y = sum(x[:, i : i + T] * weight[i] for i in range(taps))
+    if context is None:  # what is not there is not multiplied: 0 * inf would be NaN
+        late = [min(T, taps - 1 - i) for i in range(taps)]
+        y = sum(F.pad(x[:, : T - n] * tap, (0, 0, n, 0)) for n, tap in zip(late, weight))
+    else:
+        x = prepend_context(x, context, taps)
+        y = sum(x[:, i : i + T] * weight[i] for i in range(taps))
     return F.silu(y) if silu else y
 
 

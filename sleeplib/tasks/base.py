@@ -125,8 +125,8 @@ class ContextTask:
     def _check_inputs(self, inputs):
         """Return `inputs` as an int64 tensor on the CPU, or raise unless they are tokens (B, T)."""
         try:
-            inputs = torch.as_tensor(inputs).cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
+            inputs = torch.as_tensor(inputs).to_dense().cpu()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}") from error
         if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"inputs must be an int64 tensor; got {inputs.dtype}")
@@ -139,7 +139,7 @@ class ContextTask:
 
 def check_batch_request(count, rng, split):
     """Return `count` as an int; raise unless a batch can be drawn with these arguments."""
-    count = integer("count", count, 1)
+    count = integer("count", count, 1, 10_000_000)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng must be a numpy Generator; got {type(rng).__name__}")
     if split not in SPLITS:
