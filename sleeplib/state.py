@@ -62,8 +62,9 @@ class LMState:
 
     def __post_init__(self):
         for name in ("fast_weights", "kv", "conv", "key_ages"):
-            if not isinstance(getattr(self, name), tuple | None):
-                raise TypeError(f"{name} must be a tuple, one entry a block; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, tuple) and (value is not None or name == "fast_weights"):
+                raise TypeError(f"{name} must be a tuple, one entry a block; got {value!r}")
 
     def tensors(self):
         """Every tensor of the state."""

@@ -174,7 +174,7 @@ def odd_state(rng, state):
     value = getattr(state, name)
     if value is None:
         return dataclasses.replace(state, key_ages=tuple(torch.arange(3) for _ in state.fast_weights))
-    kinds = [lambda: value[1:], lambda: value[::-1], lambda: value + value[:1], lambda: None, lambda: 3]
+    kinds = [lambda: value[1:], lambda: value[::-1], lambda: value + value[:1], lambda: ()]
     kinds += [lambda: tuple(_narrowed(rng, x) for x in value)] * 4
     return dataclasses.replace(state, **{name: kinds[rng.integers(len(kinds))]()})
 
