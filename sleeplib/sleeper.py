@@ -37,13 +37,6 @@ class Sleeper:
         N, the awake pass included.
     eviction : {"hard", "keys", "sliding"}
 
-    Attributes
-    ----------
-    naps : int
-        Windows slept on so far.
-    state : LMState or None
-        The state after the newest token; None before the first.
-
     Notes
     -----
     No gradients.  Equal to :func:`sleep_forward` on the same tokens, unless a chunk with labels is full: that
