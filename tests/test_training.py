@@ -21,7 +21,7 @@ from tiny import close
 from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
-from sleeplib import checkpoints, evaluation, flops, records, runs, training
+from sleeplib import checkpoints, evaluation, flops, muon, records, runs, training
 from sleeplib.muon import Muon
 
 SAME = ("curve", "final", "tokens", "data_hash", "config_hash", "status", "chance")
@@ -73,6 +73,18 @@ def test_muon_is_pytorchs():
         one, two = (o.state_dict()["state"] for o in optimizers)
         for index in range(len(shapes)):
             close(one[index]["momentum_buffer"], two[index]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (1, 64, 160)])
+def test_products_in_float32_round_to_those_in_bfloat16(shape):
+    """What a CPU does that has no instructions for bfloat16, and what others do."""
+    x, found = torch.randn(shape, generator=torch.Generator().manual_seed(0)), []
+    for native in (True, False):
+        with patch.object(muon, "multiplies_bfloat16", lambda device, native=native: native):
+            found.append(muon.orthogonalise(x, (3.4445, -4.775, 2.0315), 5, 1e-7))
+    one, two = found
+    assert one.dtype == two.dtype == torch.bfloat16 and one.shape == two.shape == shape
+    assert (one.float() - two.float()).norm() < 0.02 * one.float().norm()
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
