@@ -76,10 +76,13 @@ def a_guard_for_cuda():
 
 
 def kinds():
-    """One preset of each kind: those that differ in width, depth or length only take the same path."""
+    """One preset of each kind: those that differ in width, depth or length only take the same path.
+
+    Evictions are followed on a small model below.
+    """
     found = {}
     for e in sorted(sl.experiments.PRESETS.values(), key=lambda e: len(e.model.pattern) * e.task.length):
-        train = e.train.eviction, e.train.checkpoint, e.train.precision
+        train = e.train.checkpoint, e.train.precision
         found.setdefault((*sorted(set(e.model.pattern)), *train, e.model.loop), e.name)
     return list(found.values())
 
