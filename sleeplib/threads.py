@@ -49,30 +49,19 @@ def sleep_soon():
     return made.wait(timeout=5)
 
 
-def said():
-    """Whether the user has said how many threads PyTorch is to use; then nobody else chooses."""
-    keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
-    return keep or torch.get_num_threads() != DEFAULT
-
-
 @contextmanager
 def chosen(count, probe=None, repeats=3):
     """Let PyTorch use `count` threads in a ``with`` block; yield how many it uses.
 
-    Parameters
-    ----------
-    count : int or None
-        None tries 1, 2, 4, ... up to the number of cores and takes the fewest that are nearly the fastest,
-        unless the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has set
-        SLEEPLIB_THREADS=keep.
-    probe : callable, optional
-        What is timed, called without arguments; without it nothing is tried.
-    repeats : int
-        How often, the counts in turn; the shortest time of each counts.
+    None tries 1, 2, 4, ... up to the number of cores and takes the fewest that are nearly the fastest, unless
+    the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has set
+    SLEEPLIB_THREADS=keep.  What is timed is `probe`, a callable without arguments; without it nothing is
+    tried.  It is timed `repeats` times, the counts in turn; the shortest time of each counts.
     """
     before = torch.get_num_threads()
+    keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
     try:
-        if count is None and probe is not None and before > 1 and not said():
+        if count is None and probe is not None and before > 1 and before == DEFAULT and not keep:
             count = _fastest(probe, before, repeats)
         if count is not None:
             torch.set_num_threads(count)
