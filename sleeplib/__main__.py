@@ -113,10 +113,9 @@ def doctor(args):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """A parser that says what is wrong in one line and exits with code 2."""
 
     def error(self, message):
-        """Exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (--help says more)\n")
 
 

@@ -41,10 +41,9 @@ class TrainConfig:
     checkpoint, graph : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`; on CUDA, capture forward and
         backward as one CUDA graph.
-    eval_every, save_every : int
-        Steps between evaluations on held-out data, and between checkpoints.
-    eval_batch : int
-        Held-out sequences, the same every time; the final score uses 8 times as many.
+    eval_every, save_every, eval_batch : int
+        Steps between evaluations on held-out data, and between checkpoints; held-out sequences, the same
+        every time: the final score uses 8 times as many.
 
     Notes
     -----
@@ -96,9 +95,9 @@ class TrainConfig:
 class Experiment:
     """One preset: everything a run depends on but N and the seed.
 
-    Its name, of letters, digits, spaces and ``.,+=-_``, is also the folder of its records.  The task is any of
-    :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.  `passes` are the N
-    that are compared, `seeds` the seeds of the recorded runs, `about` is one line for the command line.
+    Its name, of letters, digits, spaces and ``.,+=-_``, is also the folder of its records.  The task is any
+    of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.  `passes` are the
+    N that are compared, `seeds` the seeds of the recorded runs, `about` is one line for the command line.
 
     Chapter: 11_rule110
     """

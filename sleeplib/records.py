@@ -100,9 +100,8 @@ def check_writable(name, folder):
     """Raise OSError, naming the argument, unless files can be made in `folder`; nothing is left behind."""
     try:
         there = Path(folder).absolute()
-        while not there.exists():
-            there = there.parent
-        tempfile.TemporaryFile(dir=there).close()
+        nearest = next(path for path in (there, *there.parents) if path.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise OSError(error.errno, f"{name} cannot be written: {error.strerror}", str(folder)) from error
 

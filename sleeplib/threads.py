@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+DEFAULT = torch.get_num_threads()  # what PyTorch chose by itself
+
 
 def cores():
     """The processor cores that this process may use, by number."""
@@ -62,25 +64,17 @@ def chosen(count, probe=None, repeats=3):
     keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
     try:
         if count is None and probe is not None and before > 1 and before == DEFAULT and not keep:
-            count = _fastest(probe, before, repeats)
+            counts = [*(2**i for i in range(before.bit_length()) if 2**i < before), before]
+            probe()  # compiles what there is to compile
+            best = dict.fromkeys(counts, float("inf"))
+            for tried in counts * repeats:
+                torch.set_num_threads(tried)
+                began = time.perf_counter()
+                probe()
+                best[tried] = min(best[tried], time.perf_counter() - began)
+            count = next(n for n in counts if best[n] <= 1.05 * min(best.values()))
         if count is not None:
             torch.set_num_threads(count)
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def _fastest(probe, most, repeats):
-    counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-    probe()  # compiles what there is to compile
-    best = dict.fromkeys(counts, float("inf"))
-    for _ in range(repeats):
-        for count in counts:
-            torch.set_num_threads(count)
-            began = time.perf_counter()
-            probe()
-            best[count] = min(best[count], time.perf_counter() - began)
-    return next(count for count in counts if best[count] <= 1.05 * min(best.values()))
-
-
-DEFAULT = torch.get_num_threads()  # what PyTorch chose by itself
