@@ -20,23 +20,6 @@ threads.sleep_soon()
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "HybridLM",
-    "LMState",
-    "ModelConfig",
-    "Sleepable",
-    "Sleeper",
-    "Trainer",
-    "evaluate",
-    "evict",
-    "experiments",
-    "gated_delta_rule",
-    "gated_hebbian_rule",
-    "load_records",
-    "presets",
-    "run",
-    "sleep",
-    "sleep_forward",
-    "tasks",
-    "threads",
-]
+__all__ = ["HybridLM", "LMState", "ModelConfig", "Sleepable", "Sleeper", "Trainer", "evaluate", "evict"]
+__all__ += ["experiments", "gated_delta_rule", "gated_hebbian_rule", "load_records", "presets", "run"]
+__all__ += ["sleep", "sleep_forward", "tasks", "threads"]

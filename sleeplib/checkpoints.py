@@ -19,17 +19,13 @@ def save_checkpoint(trainer, path):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(notes, allow_nan=False)
     content = save(tensors, metadata={"sleeplib": text, "digest": BLANK.decode()})
-    digest = hashlib.sha256(content).hexdigest().encode()
-    write_atomically(path, content.replace(BLANK, digest, 1))
+    write_atomically(path, content.replace(BLANK, hashlib.sha256(content).hexdigest().encode(), 1))
 
 
 def load_checkpoint(trainer, path):
     """Go on where :func:`save_checkpoint` stopped; return its notes.
 
-    Raises
-    ------
-    ValueError
-        If a single bit is wrong, or the file belongs to another run.
+    A ValueError if a single bit is wrong, or the file belongs to another run.
     """
     content = Path(path).read_bytes()
     found = re.search(rb'"digest":"([0-9a-f]{64})"', content)

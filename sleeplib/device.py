@@ -15,18 +15,10 @@ import torch
 class CapturedStep:
     """Forward and backward of a training step, captured once as a CUDA graph and then replayed.
 
-    Parameters
-    ----------
-    loss : callable
-        Of inputs and labels, on the device; it may read nothing back from there.
-    parameters : iterable of torch.nn.Parameter
-        What gets the gradients; the optimizers stay outside the graph, where their rates may change.
-    batch : Batch
-        Gives the shapes; one of another shape is refused: a copy into the graph would broadcast it.
-    device : torch.device
+    `loss`, a callable of inputs and labels on the device, may read nothing back from there.  `parameters` get
+    the gradients; the optimizers stay outside the graph, where their rates may change.  The Batch `batch`
+    gives the shapes; one of another shape is refused: a copy into the graph would broadcast it.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
 

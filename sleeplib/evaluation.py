@@ -16,22 +16,11 @@ def held_out(task, count, seed, split="test"):
 
 @torch.no_grad()
 def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
-    """Score a model on a batch, asleep and awake as in training.
+    """Score a model on a batch, asleep and awake as in training; what the task's ``score`` says is returned.
 
-    Parameters
-    ----------
-    model : HybridLM
-    task : Rule110
-        Any task of :mod:`sleeplib.tasks`, or one of your own; its ``score`` is returned.
-    batch : Batch
-    passes : int
-        N; need not be the N of training.
-    eviction : {"hard", "keys", "sliding"}
-    chunk : int
-        Sequences at a time.
+    The task is any of :mod:`sleeplib.tasks`, or one of your own; `passes` is N, which need not be that of
+    training, `eviction` "hard", "keys" or "sliding", `chunk` the number of sequences at a time.
 
-    Notes
-    -----
     What lies before the first question is read without logits, and only the logits of labels are kept: at
     3,301 tokens of 1,160 words those of all positions would take 15 MB a sequence.
 
@@ -43,9 +32,8 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
     begin = awake.index(True) * task.window
     logits = []
     for inputs, labels in zip(batch.inputs.to(device).split(chunk), batch.labels.split(chunk), strict=True):
-        state = None
+        state, before = None, (inputs[:, :begin], labels[:, :begin])
         if begin:
-            before = inputs[:, :begin], labels[:, :begin]
             state = sleep_forward(model, *before, return_logits=False, **options).state
         inputs, labels = inputs[:, begin:], labels[:, begin:]
         out = sleep_forward(model, inputs, labels, state=state, **options)

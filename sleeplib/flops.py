@@ -11,17 +11,9 @@ def training_flops(experiment, passes):
 
     A token costs two operations a matrix entry and pass; attention adds its scores and sums, a fast weight
     its read, its write and its output.  Norms, gates and convolutions are left out, and so is what follows
-    the last write before a window is dropped.
+    the last write before a window is dropped.  `experiment` is an Experiment or a preset's name, `passes` is
+    N; windows with labels are read once.
 
-    Parameters
-    ----------
-    experiment : Experiment or str
-        Or a preset's name.
-    passes : int
-        N; windows with labels are read once.
-
-    Notes
-    -----
     Chapter: 11_rule110
     """
     experiment = get(experiment)

@@ -68,8 +68,7 @@ def orthogonalise(x, coefficients, steps, eps):
     for _ in range(steps):
         gram = fit(x @ x.mT)
         x = fit(torch.baddbmm(x, fit(torch.baddbmm(gram, gram, gram, beta=b, alpha=c)), x, beta=a))
-    x = x.bfloat16()
-    return x.mT if tall else x
+    return (x.mT if tall else x).bfloat16()
 
 
 @cache

@@ -15,8 +15,7 @@ def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model
 
 def _vary(base, name, settings, about, **parts):
     """Enter preset `base` under another name, with dotted settings and whole parts changed."""
-    changed = PRESETS[base].replace(settings)
-    PRESETS[name] = dataclasses.replace(changed, name=name, about=about, **parts)
+    PRESETS[name] = dataclasses.replace(PRESETS[base].replace(settings), name=name, about=about, **parts)
 
 
 task, train = Rule110(width=12, strings=2, steps=6), TrainConfig(steps=800, batch=128, adamw_lr=1e-3)
@@ -61,10 +60,9 @@ for name, settings, about in (
 ):
     about = f"depo-ablation-ring8 without sleep, {about}"
     _vary("depo-ablation-ring8", f"depo-ablation-{name}", settings, about, passes=(1,), seeds=(0,))
-task = Depo(nodes=25, hops=8, queries=8, windows=2)
 about = "25 nodes, 8 hops, 4 Jet/attention layers, width 256; one GPU; smaller than the paper's"
 train = TrainConfig(steps=6000, batch=128, save_every=500, graph=True)
-_add("depo-small", task, train, about, d_model=256, pattern="ajaj")
+_add("depo-small", Depo(nodes=25, hops=8, queries=8, windows=2), train, about, d_model=256, pattern="ajaj")
 about = "Figure 3: 75 nodes, 16 hops, 10 Jet/attention layers, width 512, 100,000 steps"
 train = TrainConfig(steps=100_000, batch=128, eval_every=500, save_every=1000, graph=True)
 _add("depo-paper", Depo(), train, about, seeds=(0,), d_model=512, pattern="aj" * 5, num_heads=8)

@@ -10,6 +10,8 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 KEYS = "preset passes seed config config_hash command commit dirty data_hash versions device dtype".split()
 KEYS += "seconds peak_bytes tokens curve chance final status".split()
 LIBRARIES = ("sleeplib", "torch", "numpy", "numba")
@@ -98,17 +100,15 @@ def check_writable(name, folder):
     """Raise OSError, naming the argument, unless files can be made in `folder`; nothing is left behind."""
     try:
         there = Path(folder).absolute()
-        while not there.exists():
-            there = there.parent
-        tempfile.TemporaryFile(dir=there).close()
+        nearest = next(path for path in (there, *there.parents) if path.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise OSError(error.errno, f"{name} cannot be written: {error.strerror}", str(folder)) from error
 
 
 def record_path(preset, passes, seed, out=None):
     """Where the record of a run lives, below `out` (:func:`results_dir` if absent)."""
-    out = results_dir() if out is None else Path(out)
-    return out / preset / f"N{passes}-seed{seed}.json"
+    return (results_dir() if out is None else Path(out)) / preset / f"N{passes}-seed{seed}.json"
 
 
 def save_record(record, out=None):
@@ -121,8 +121,7 @@ def save_record(record, out=None):
         raise ValueError(f"record: missing or unknown keys {odd}")
     path = record_path(record["preset"], record["passes"], record["seed"], out)
     try:
-        text = json.dumps(record, indent=1, allow_nan=False)
-        write_atomically(path, (text + "\n").encode())
+        write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     except ValueError as error:
         raise ValueError(f"record: {error}") from error
     except OSError as error:
@@ -149,18 +148,10 @@ def load_record(path):
 def load_records(preset, passes=None, out=None):
     """Read every record of a preset, ordered by passes and seed; an empty list where none was run.
 
-    Parameters
-    ----------
-    preset : str
-    passes : int, optional
-        Only the runs with this N.
-    out : path_like, optional
-        Folder of the records.  If absent, the shipped ones and your own: in a checkout both lie in
-        ``data/results``; where sleeplib is installed, a run of your own in ``./sleeplib-results`` stands in
-        for the shipped one with its N and seed.
+    With `passes`, only the runs with this N.  `out` is the folder of the records; if absent, the shipped ones
+    and your own: in a checkout both lie in ``data/results``; where sleeplib is installed, a run of your own
+    in ``./sleeplib-results`` stands in for the shipped one with its N and seed.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
     folders = [data_dir() / "results", results_dir()] if out is None else [Path(out)]
@@ -206,8 +197,6 @@ def commit():
 
 def processor():
     """A line that names the processor and how many threads PyTorch uses."""
-    import torch
-
     name = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -42,8 +42,7 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
     for experiment in chosen:
         found = records.load_records(experiment.name, out=out or records.results_dir())
         finished = {(r["passes"], r["seed"]) for r in found if r["status"] == "done" and not overwrite}
-        wanted = product(experiment.seeds if seeds is None else seeds, sorted(experiment.passes)[::-1])
-        for seed, n in wanted:
+        for seed, n in product(experiment.seeds if seeds is None else seeds, sorted(experiment.passes)[::-1]):
             if (n, seed) in finished:
                 continue
             command = [sys.executable, "-m", "sleeplib", "run", experiment.name, "--resume"]

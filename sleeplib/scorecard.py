@@ -23,11 +23,10 @@ def judge(claim, out=None):
     """
     row = {key: claim[key] for key in ("figure", "claim", "paper")}
     row |= dict(ours="-", scale="-", seeds="-", device="-", verdict="not run")
+    by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
     for presets in claim["presets"]:
-        by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
-        found = [load_records(preset, passes=1 if by_steps else None, out=out) for preset in presets]
-        done = [r for group in found for r in group if r["status"] == "done"]
-        groups = {}
+        found = [r for preset in presets for r in load_records(preset, 1 if by_steps else None, out)]
+        done, groups = [r for r in found if r["status"] == "done"], {}
         for r in done:
             x = r["config"]["task"]["steps"] if by_steps else r["passes"]
             groups.setdefault(x, []).append(r["final"][claim["metric"]])

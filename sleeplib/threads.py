@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+DEFAULT = torch.get_num_threads()  # what PyTorch chose by itself
+
 
 def cores():
     """The processor cores that this process may use, by number."""
@@ -49,49 +51,30 @@ def sleep_soon():
     return made.wait(timeout=5)
 
 
-def said():
-    """Whether the user has said how many threads PyTorch is to use; then nobody else chooses."""
-    keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
-    return keep or torch.get_num_threads() != DEFAULT
-
-
 @contextmanager
 def chosen(count, probe=None, repeats=3):
     """Let PyTorch use `count` threads in a ``with`` block; yield how many it uses.
 
-    Parameters
-    ----------
-    count : int or None
-        None tries 1, 2, 4, ... up to the number of cores and takes the fewest that are nearly the fastest,
-        unless the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has set
-        SLEEPLIB_THREADS=keep.
-    probe : callable, optional
-        What is timed, called without arguments; without it nothing is tried.
-    repeats : int
-        How often, the counts in turn; the shortest time of each counts.
+    None tries 1, 2, 4, ... up to the number of cores and takes the fewest that are nearly the fastest, unless
+    the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has set
+    SLEEPLIB_THREADS=keep.  What is timed is `probe`, a callable without arguments; without it nothing is
+    tried.  It is timed `repeats` times, the counts in turn; the shortest time of each counts.
     """
     before = torch.get_num_threads()
+    keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
     try:
-        if count is None and probe is not None and before > 1 and not said():
-            count = _fastest(probe, before, repeats)
+        if count is None and probe is not None and before > 1 and before == DEFAULT and not keep:
+            counts = [*(2**i for i in range(before.bit_length()) if 2**i < before), before]
+            probe()  # compiles what there is to compile
+            best = dict.fromkeys(counts, float("inf"))
+            for tried in counts * repeats:
+                torch.set_num_threads(tried)
+                began = time.perf_counter()
+                probe()
+                best[tried] = min(best[tried], time.perf_counter() - began)
+            count = next(n for n in counts if best[n] <= 1.05 * min(best.values()))
         if count is not None:
             torch.set_num_threads(count)
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def _fastest(probe, most, repeats):
-    counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-    probe()  # compiles what there is to compile
-    best = dict.fromkeys(counts, float("inf"))
-    for _ in range(repeats):
-        for count in counts:
-            torch.set_num_threads(count)
-            began = time.perf_counter()
-            probe()
-            best[count] = min(best[count], time.perf_counter() - began)
-    return next(count for count in counts if best[count] <= 1.05 * min(best.values()))
-
-
-DEFAULT = torch.get_num_threads()  # what PyTorch chose by itself

@@ -85,27 +85,14 @@ def deferred_interrupt():
 class Trainer:
     """A run that can stop after any step and go on later as if it had not.
 
-    Parameters
-    ----------
-    experiment : Experiment or str
-        Or a preset's name.
-    passes, seed : int
-        N; the seed of the weights and of the data, below 2**64.
-    device : str
-        "auto", "cpu", "cuda", or one CUDA device.
-    micro_batches : int
-        Parts in which a batch is read, one after the other, where all of it does not fit into memory.  The
-        gradient is that of the whole batch but for rounding; no part is captured as a CUDA graph.
+    `experiment` is an Experiment or a preset's name, `passes` is N, `seed`, below 2**64, that of the weights
+    and of the data, `device` "auto", "cpu", "cuda", or one CUDA device.  A batch is read in `micro_batches`
+    parts, one after the other, where all of it does not fit into memory: the gradient is that of the whole
+    batch but for rounding; no part is captured as a CUDA graph.
 
-    Attributes
-    ----------
-    model : HybridLM
-    step : int
-    curve : list of dict
-        Step, tokens, training loss since the entry before, held-out metrics.
+    Its `model` is a HybridLM, its `step` an int and its `curve` a list of dicts: step, tokens, training loss
+    since the entry before, held-out metrics.
 
-    Notes
-    -----
     Chapter: 11_rule110
     """
 
@@ -170,8 +157,7 @@ class Trainer:
                 self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
                 self.graph = machine.CapturedStep(self.loss, self.model.parameters(), batch, self.device)
             return self.graph(batch)
-        for p in self.model.parameters():
-            p.grad = None
+        self.model.zero_grad()
         total, asked = 0.0, (batch.labels != IGNORE).sum().item()
         for inputs, labels in zip(*(x.chunk(self.micro_batches) for x in (batch.inputs, batch.labels))):
             share = (labels != IGNORE).sum().item() / asked
@@ -182,8 +168,7 @@ class Trainer:
 
     def loss(self, inputs, labels):
         """Mean cross-entropy of Algorithm 1 on a batch."""
-        train = self.experiment.train
-        low = self.precision == "bfloat16"
+        train, low = self.experiment.train, self.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if low else nullcontext():
             options = dict(window=self.experiment.task.window, passes=self.passes, awake=self.awake)
             options |= dict(eviction=train.eviction_at(self.step), checkpoint=train.checkpoint)
@@ -193,8 +178,7 @@ class Trainer:
         """Loss and gradient of about a thousand tokens, thrown away: on them numbers of threads are tried."""
         with suppress(ValueError):  # what is wrong with the model, the loop will say
             self.loss(*(x.to(self.device) for x in self.sample)).backward()
-        for p in self.model.parameters():
-            p.grad = None
+        self.model.zero_grad()
 
     def measure(self):
         """Add an entry to the curve; raise FloatingPointError if a loss is not finite."""

@@ -29,7 +29,7 @@ LAYERS = [
     {"presets", "flops", "evaluation", "checkpoints"},
     {"training"},
     {"runs"},
-    {"bench", "scorecard", "reproduce", "doctor"},
+    {"bench", "scorecard", "reproduce"},
     {"plots"},
     {"widgets"},
     {"__init__"},

@@ -40,18 +40,17 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     .. math:: S_t = \alpha_t S_{t-1} (I - \beta_t k_t k_t^\top) + \beta_t v_t k_t^\top,
               \qquad o_t = S_t q_t
 
-    (the paper's letters; here the state is stored key-first, so the code computes ``o = scale * S.T @ q``).
+    This is equation (3) of the paper, in its letters, with the delta-rule correction of its section 3.1; here
+    the state is stored key-first, so the code computes ``o = scale * S.T @ q``.  A ValueError on a shape that
+    does not fit, an unknown backend, or `g` that is positive or NaN; a TypeError on an argument that is not a
+    dense floating-point tensor, or on mixed dtypes.
 
     Parameters
     ----------
-    q, k : torch.Tensor, shape (B, T, H, K)
-        Queries and keys.  Keys are expected to have norm at most 1, else writes may overshoot.
-    v : torch.Tensor, shape (B, T, H, V)
-        Values.
-    g : torch.Tensor, shape (B, T, H)
-        Log decay, ``alpha = exp(g)``; at most 0, ``-inf`` allowed.
-    beta : torch.Tensor, shape (B, T, H)
-        Writing strength, usually in (0, 1).
+    q, k, v : torch.Tensor, shapes (B, T, H, K), (B, T, H, K) and (B, T, H, V)
+        Queries, keys and values.  Keys are expected to have norm at most 1, else writes may overshoot.
+    g, beta : torch.Tensor, shape (B, T, H)
+        Log decay, ``alpha = exp(g)``, at most 0, ``-inf`` allowed; writing strength, usually in (0, 1).
     initial_state : torch.Tensor, shape (B, H, K, V), optional
         The fast weight before the first token; zeros if absent.
     scale : float, optional
@@ -68,17 +67,8 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     S : torch.Tensor, shape (B, H, K, V)
         The fast weight after the last token: float64 for float64 inputs, else float32.
 
-    Raises
-    ------
-    ValueError
-        On a shape that does not fit, an unknown backend, or `g` that is positive or NaN.
-    TypeError
-        On an argument that is not a dense floating-point tensor, or on mixed dtypes.
-
     Notes
     -----
-    Equation (3) of the paper with the delta-rule correction of its section 3.1.
-
     Chapter: 04_delta_rule
     """
     return _dispatch(q, k, v, g, beta, initial_state, scale, backend, validate, delta=True)
@@ -91,8 +81,6 @@ def gated_hebbian_rule(q, k, v, *, g, beta, initial_state=None, scale=None, back
 
     Arguments, shapes, results and errors are those of :func:`gated_delta_rule`.
 
-    Notes
-    -----
     Chapter: 03_fast_weights
     """
     return _dispatch(q, k, v, g, beta, initial_state, scale, backend, validate, delta=False)

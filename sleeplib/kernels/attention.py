@@ -46,9 +46,8 @@ def _backward(first, last, q, k, v, strides, scale, window, o, log_total, do, dq
     weight, zero = np.empty(S, o.dtype), o.dtype.type(0)
     for n in range(first, last):
         b, h = n // H, n % H
-        for s in range(S):
-            dk[b, s, h] = 0
-            dv[b, s, h] = 0
+        dk[b, :, h] = 0
+        dv[b, :, h] = 0
         for t in range(T):
             newest = S - T + t
             oldest = max(0, newest - window + 1)
@@ -92,26 +91,13 @@ class _Attention(Differentiable):
 
 
 def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
-    r"""Causal softmax attention, one query at a time, equations (1) and (2).
+    """Causal softmax attention, one query at a time, equations (1) and (2).
 
-    Parameters
-    ----------
-    q : torch.Tensor, shape (B, T, H, K)
-        Queries of the newest T positions.
-    k, v : torch.Tensor, shapes (B, S, H, K) and (B, S, H, V)
-        Keys and values of all S >= T positions, the cached ones first.
-    sliding_window : int, optional
-        A query sees its newest `sliding_window` keys, its own included; all if absent.
-    scale : float, optional
-        Factor on the scores, ``K ** -0.5`` if absent.
+    q (B, T, H, K) holds the queries of the newest T positions, k (B, S, H, K) and v (B, S, H, V) the keys and
+    values of all S >= T positions, the cached ones first.  A query sees its newest `sliding_window` keys, its
+    own included; all if absent.  `scale` is a factor on the scores, ``K ** -0.5`` if absent.  The result is
+    (B, T, H, V), differentiable in q, k and v.
 
-    Returns
-    -------
-    torch.Tensor, shape (B, T, H, V)
-        Differentiable in q, k and v.
-
-    Notes
-    -----
     Chapter: 01_attention
     """
     check_tensor("q", q, ("B", "T", "H", "K"), empty=False)

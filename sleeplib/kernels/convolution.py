@@ -30,8 +30,7 @@ def _filter(row, x, start, step, context, weight, t):
 
 @numba_kernel
 def _forward(first, last, x, strides, context, weight, silu, y):
-    B, T, C = y.shape
-    one = y.dtype.type(1)
+    (B, T, C), one = y.shape, y.dtype.type(1)
     for b in range(first * BLOCK, min(last * BLOCK, B)):
         for t in range(T):
             row = y[b, t]

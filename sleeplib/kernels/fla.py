@@ -9,9 +9,8 @@ def recurrence(q, k, v, g, beta, S, scale, delta):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as error:
-        raise ImportError(
-            "backend='fla' needs flash-linear-attention and Triton: pip install flash-linear-attention"
-        ) from error
+        wanted = "flash-linear-attention and Triton: pip install flash-linear-attention"
+        raise ImportError(f"backend='fla' needs {wanted}") from error
     if q.device.type != "cuda":
         raise ValueError(f"backend='fla' runs on CUDA only; q is on {q.device}")
     g = g.clamp(min=LOWEST)  # they subtract running sums, and -inf minus -inf is NaN

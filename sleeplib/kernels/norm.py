@@ -118,8 +118,7 @@ def l2_normalize(x, eps=1e-6):
 
 @numba_kernel
 def _split(first, last, x, eps, q, k, v, rstd):
-    _, H, K = q.shape
-    one = x.dtype.type(1)
+    (_, H, K), one = q.shape, x.dtype.type(1)
     for a in range(first, last):
         for part in range(2):
             y = q if part == 0 else k
@@ -136,8 +135,7 @@ def _split(first, last, x, eps, q, k, v, rstd):
 
 @numba_kernel
 def _split_backward(first, last, q, k, rstd, dq, dk, dv, dx):
-    _, H, K = q.shape
-    zero = q.dtype.type(0)
+    (_, H, K), zero = q.shape, q.dtype.type(0)
     for a in range(first, last):
         for part in range(2):
             y, dy = (q, dq) if part == 0 else (k, dk)
@@ -153,13 +151,10 @@ def _split_backward(first, last, q, k, rstd, dq, dk, dv, dx):
 class _SplitHeads(Differentiable):
     def forward(ctx, x, H, K, eps):
         *leading, C = x.shape
-        V = C // H - 2 * K
-        q, k, v = (x.new_empty(*leading, H, size) for size in (K, K, V))
+        q, k, v = (x.new_empty(*leading, H, size) for size in (K, K, C // H - 2 * K))
         rstd = x.new_empty(q[..., 0, 0].numel(), 2 * H)
-        flat = (len(rstd), H, K)
-        launch(
-            _split, len(rstd), x.reshape(-1, C), eps, q.view(flat), k.view(flat), v.view(len(rstd), -1), rstd
-        )
+        flat = *(z.view(len(rstd), H, K) for z in (q, k)), v.view(len(rstd), -1)
+        launch(_split, len(rstd), x.reshape(-1, C), eps, *flat, rstd)
         ctx.save_for_backward(q, k, rstd)
         return q, k, v
 

@@ -20,8 +20,7 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
 
     The output is read in the same sweep as the error: after the write S^T q has grown by (k . q) u.
     """
-    B, T, H, K = q.shape
-    V = v.shape[3]
+    (_, T, H, K), V = q.shape, v.shape[3]
     keep, zero = u.size > 0, v.dtype.type(0)
     error, out = np.empty(V, v.dtype), np.empty(V, v.dtype)
     for n in range(first, last):
@@ -58,11 +57,9 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS,
     With P the state before a step and D the gradient of the one after it, both are swept twice: once for what
     du needs, once for what needs du.
     """
-    B, T, H, K = q.shape
-    V = v.shape[3]
+    (_, T, H, K), V = q.shape, v.shape[3]
     path = np.empty((SEGMENT, K, V), v.dtype)  # the states before each step of one segment, recomputed
-    du = np.empty(V, v.dtype)
-    zero = v.dtype.type(0)
+    du, zero = np.empty(V, v.dtype), v.dtype.type(0)
     for n in range(first, last):
         b, h = n // H, n % H
         D = dS[b, h]
@@ -102,8 +99,7 @@ def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS,
                 back = b_t if delta else zero
                 for i in range(K):
                     ki, qi = k[b, t, h, i], scale * q[b, t, h, i]
-                    kw = ki * back
-                    Pu = zero
+                    kw, Pu = ki * back, zero
                     for j in range(V):
                         Pu += P[i, j] * du[j]
                         D[i, j] = alpha * (D[i, j] + qi * out[j] - kw * du[j])
