@@ -1,15 +1,12 @@
 """The command line: ``python -m sleeplib`` or ``sleeplib``."""
 
 import argparse
-import json
 import sys
-from importlib import import_module
 
 import numpy as np
-import torch
 
 from . import experiments, records, runs, tasks
-from .kernels import gated_delta_rule
+from .doctor import examine
 from .reproduce import reproduce as reproduce_all
 from .scorecard import scorecard as judge_all
 
@@ -84,31 +81,10 @@ def bench(args):
 
 def doctor(args):
     """Say what this machine has and whether sleeplib works on it."""
-    fine, cuda = True, torch.cuda.is_available()
-    print(json.dumps(records.versions() | {"processor": records.processor()}, indent=1))
-    print(f"cuda: {torch.cuda.get_device_name() if cuda else 'none, the CPU is used'}")
-    for name in ("fla", "triton", "transformers", "ipywidgets", "seaborn"):
-        try:
-            import_module(name)
-            print(f"{name}: found")
-        except ImportError:
-            print(f"{name}: not installed (optional)")
-    try:
-        records.check_writable("records", records.results_dir())
-        print(f"records go to {records.results_dir()}")
-    except OSError as error:
-        fine = False
-        print(error)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 9, 2, 4, generator=generator) for _ in range(3))
-    g, beta = -torch.rand(2, 9, 2, generator=generator), torch.rand(2, 9, 2, generator=generator)
-    inputs = dict(q=q, k=k / k.norm(dim=-1, keepdim=True), v=v, g=g, beta=beta)
-    slow = gated_delta_rule(**inputs, backend="reference")[0]
-    for device in ["cpu"] + ["cuda"] * cuda:
-        moved = {name: x.to(device) for name, x in inputs.items()}
-        off = (slow - gated_delta_rule(**moved, backend="chunked")[0].cpu()).abs().max().item()
-        fine &= (good := off < 1e-4)
-        print(f"chunked on {device} against the reference: {'ok' if good else f'off by {off}'}")
+    fine = True
+    for line, good in examine():
+        print(line)
+        fine &= good
     return int(not fine)
 
 

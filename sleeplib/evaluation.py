@@ -16,11 +16,22 @@ def held_out(task, count, seed, split="test"):
 
 @torch.no_grad()
 def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
-    """Score a model on a batch, asleep and awake as in training; what the task's ``score`` says is returned.
+    """Score a model on a batch, asleep and awake as in training.
 
-    The task is any of :mod:`sleeplib.tasks`, or one of your own; `passes` is N, which need not be that of
-    training, `eviction` "hard", "keys" or "sliding", `chunk` the number of sequences at a time.
+    Parameters
+    ----------
+    model : HybridLM
+    task : Rule110
+        Any task of :mod:`sleeplib.tasks`, or one of your own; its ``score`` is returned.
+    batch : Batch
+    passes : int
+        N; need not be the N of training.
+    eviction : {"hard", "keys", "sliding"}
+    chunk : int
+        Sequences at a time.
 
+    Notes
+    -----
     What lies before the first question is read without logits, and only the logits of labels are kept: at
     3,301 tokens of 1,160 words those of all positions would take 15 MB a sequence.
 

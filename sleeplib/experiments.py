@@ -20,9 +20,7 @@ EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained: Muon on hidden matrices, AdamW on the rest, as section 6 of the paper fixes it.
-
-    A setting of another type is a TypeError, one that makes no sense a ValueError; the message names it.
+    """How a model is trained.
 
     Parameters
     ----------
@@ -32,21 +30,32 @@ class TrainConfig:
         Learning rates of the hidden matrices and of everything else.
     warmup, decay : int
         Steps over which Muon's rate rises from 0 at the start and falls to 0 at the end; constant between.
-    weight_decay, clip : float
-        Weight decay of both optimizers, on matrices only; largest norm of the gradient.
+    weight_decay : float
+        For both optimizers, on matrices only.
+    clip : float
+        Largest norm of the gradient.
     eviction : {"hard", "keys", "sliding", "hard-then-sliding"}
         The last is hard for the first third of the steps: our reading of section 6.4.
+    checkpoint : bool
+        Recompute windows in the backward pass, see :func:`sleep_forward`.
     precision : {"float32", "bfloat16"}
         bfloat16 runs matrix products under autocast where the GPU has them; the state stays float32.
-    checkpoint, graph : bool
-        Recompute windows in the backward pass, see :func:`sleep_forward`; on CUDA, capture forward and
-        backward as one CUDA graph.
-    eval_every, save_every, eval_batch : int
-        Steps between evaluations on held-out data, and between checkpoints; held-out sequences, the same
-        every time: the final score uses 8 times as many.
+    graph : bool
+        On CUDA, capture forward and backward as one CUDA graph.
+    eval_every, save_every : int
+        Steps between evaluations on held-out data, and between checkpoints.
+    eval_batch : int
+        Held-out sequences, the same every time; the final score uses 8 times as many.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting has another type, or makes no sense; the message names it.
 
     Notes
     -----
+    Section 6 of the paper fixes the optimizers: Muon on hidden matrices, AdamW on the rest.
+
     Chapter: 11_rule110
     """
 
@@ -95,9 +104,18 @@ class TrainConfig:
 class Experiment:
     """One preset: everything a run depends on but N and the seed.
 
-    Its name, of letters, digits, spaces and ``.,+=-_``, is also the folder of its records.  The task is any
-    of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.  `passes` are the
-    N that are compared, `seeds` the seeds of the recorded runs, `about` is one line for the command line.
+    Parameters
+    ----------
+    name : str
+        Also the folder of its records: letters, digits, spaces and ``.,+=-_``.
+    task : Rule110
+        Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.
+    model : ModelConfig
+    train : TrainConfig
+    passes, seeds : tuple of int
+        The N that are compared, the seeds of the recorded runs.
+    about : str
+        One line for the command line.
 
     Chapter: 11_rule110
     """

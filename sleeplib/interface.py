@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import float_tensor, integer
+from .checks import check_tensor, integer
 from .state import LMState
 
 
@@ -90,7 +90,7 @@ class Sleepable:
 
     def check_h(self, h):
         """Raise an error unless h is a float tensor (B, T, D) of the model's width, precision and device."""
-        float_tensor("h", h, ("B", "T", self.d_model))
+        check_tensor("h", h, ("B", "T", self.d_model), empty=False)
         dtype, device = getattr(self, "dtype", h.dtype), getattr(self, "device", h.device)
         if h.device != device or h.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(f"h must be {dtype} on {device}, as the model is; got {h.dtype} on {h.device}")

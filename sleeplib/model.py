@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .checks import integer, real, token_tensor
+from .checks import finite_number, integer, token_tensor
 from .interface import Sleepable
 from .kernels import BACKENDS
 from .layers import Attention, GatedDeltaNet, RMSNorm, SwiGLU, linear
@@ -78,7 +78,7 @@ class ModelConfig:
         if self.d_model % (2 * self.num_heads):
             wanted = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
             raise ValueError(f"d_model must be {wanted}; got {self.d_model}")
-        object.__setattr__(self, "rope_base", real("rope_base", self.rope_base, above=1))
+        object.__setattr__(self, "rope_base", finite_number("rope_base", self.rope_base, least=1))
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
         if self.loop is not None:

@@ -148,9 +148,15 @@ def load_record(path):
 def load_records(preset, passes=None, out=None):
     """Read every record of a preset, ordered by passes and seed; an empty list where none was run.
 
-    With `passes`, only the runs with this N.  `out` is the folder of the records; if absent, the shipped ones
-    and your own: in a checkout both lie in ``data/results``; where sleeplib is installed, a run of your own
-    in ``./sleeplib-results`` stands in for the shipped one with its N and seed.
+    Parameters
+    ----------
+    preset : str
+    passes : int, optional
+        Only the runs with this N.
+    out : path_like, optional
+        Folder of the records.  If absent, the shipped ones and your own: in a checkout both lie in
+        ``data/results``; where sleeplib is installed, a run of your own in ``./sleeplib-results`` stands in
+        for the shipped one with its N and seed.
 
     Chapter: 11_rule110
     """

@@ -34,24 +34,39 @@ def make_record(trainer, status, command, commit, dirty):
 
 def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, overwrite=False,
         stop_after=None, keep=None, micro_batches=1, threads=None, progress=True):  # fmt: skip
-    """Train one preset with one N and one seed, and write its record: a dict.
+    """Train one preset with one N and one seed, and write its record.
 
-    It is returned also after Ctrl-C; its ``status`` says what happened.  A ValueError or OSError before the
-    first step: an argument does not fit, `out` or `keep` cannot be written, a checkpoint is damaged or
-    foreign, or a record stands in the way, a finished one or one of another configuration.
+    Parameters
+    ----------
+    experiment, passes, seed, device, micro_batches
+        As :class:`Trainer` takes them.
+    out : path_like, optional
+        Folder of the records.  If absent, ``data/results`` of the checkout that sleeplib lies in; where
+        sleeplib is installed, ``sleeplib-results`` in the current folder.
+    resume : bool
+        Go on from the run's checkpoint, if there is one; the record of a finished run is returned as it is.
+    overwrite : bool
+        Train anew though there is a finished record, and replace it.
+    stop_after : int, optional
+        Stop after that many steps more; the checkpoint stays for the next call.
+    keep : path_like, optional
+        Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
+    threads : int, optional
+        For PyTorch, while the run lasts.  If absent, those of the checkpoint; else, on a CPU, as many as help
+        on a few sequences, unless the environment says a number (see :mod:`sleeplib.threads`).
+    progress : bool
+        Show a progress bar in a terminal or notebook.
 
-    What is not named here is as :class:`Trainer` takes it.  `out` is the folder of the records; if absent,
-    ``data/results`` of the checkout that sleeplib lies in, or, where sleeplib is installed,
-    ``sleeplib-results`` in the current folder.  `keep` is the folder for the trained model of a finished run,
-    in half precision: ``<preset>/N<passes>-seed<seed>``.
+    Returns
+    -------
+    dict
+        The record, also after Ctrl-C; its ``status`` says what happened.
 
-    `resume` goes on from the run's checkpoint, if there is one, and returns the record of a finished run as
-    it is; `overwrite` trains anew though there is a finished record, and replaces it; `stop_after` stops
-    after that many steps more, and the checkpoint stays for the next call.
-
-    PyTorch has `threads` while the run lasts.  If absent, those of the checkpoint; else, on a CPU, as many as
-    help on a few sequences, unless the environment says a number (see :mod:`sleeplib.threads`).  `progress`
-    shows a progress bar in a terminal or notebook.
+    Raises
+    ------
+    ValueError, OSError
+        Before the first step: an argument does not fit, `out` or `keep` cannot be written, a checkpoint is
+        damaged or foreign, or a record stands in the way, a finished one or one of another configuration.
 
     Chapter: 11_rule110
     """

@@ -85,13 +85,24 @@ def deferred_interrupt():
 class Trainer:
     """A run that can stop after any step and go on later as if it had not.
 
-    `experiment` is an Experiment or a preset's name, `passes` is N, `seed`, below 2**64, that of the weights
-    and of the data, `device` "auto", "cpu", "cuda", or one CUDA device.  A batch is read in `micro_batches`
-    parts, one after the other, where all of it does not fit into memory: the gradient is that of the whole
-    batch but for rounding; no part is captured as a CUDA graph.
+    Parameters
+    ----------
+    experiment : Experiment or str
+        Or a preset's name.
+    passes, seed : int
+        N; the seed of the weights and of the data, below 2**64.
+    device : str
+        "auto", "cpu", "cuda", or one CUDA device.
+    micro_batches : int
+        Parts in which a batch is read, one after the other, where all of it does not fit into memory.  The
+        gradient is that of the whole batch but for rounding; no part is captured as a CUDA graph.
 
-    Its `model` is a HybridLM, its `step` an int and its `curve` a list of dicts: step, tokens, training loss
-    since the entry before, held-out metrics.
+    Attributes
+    ----------
+    model : HybridLM
+    step : int
+    curve : list of dict
+        Step, tokens, training loss since the entry before, held-out metrics.
 
     Chapter: 11_rule110
     """

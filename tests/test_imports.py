@@ -29,7 +29,7 @@ LAYERS = [
     {"presets", "flops", "evaluation", "checkpoints"},
     {"training"},
     {"runs"},
-    {"bench", "scorecard", "reproduce"},
+    {"bench", "scorecard", "reproduce", "doctor"},
     {"plots"},
     {"widgets"},
     {"__init__"},

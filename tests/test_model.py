@@ -29,7 +29,7 @@ import sleeplib as sl
         (ValueError, "loop must be", dict(loop=2)),
         (ValueError, "loop must be", dict(loop=(0.0, 1.0))),
         (ValueError, "loop must be", dict(loop="01")),
-        (ValueError, "rope_base must be finite and above 1", dict(rope_base=0.0)),
+        (ValueError, "rope_base must be a finite number of at least 1", dict(rope_base=0.0)),
         (ValueError, "backend must be one of", dict(backend="fast")),
     ],
 )

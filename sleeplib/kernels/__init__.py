@@ -18,8 +18,8 @@ from contextlib import nullcontext
 
 import torch
 
+from ..checks import check_tensor, finite_number
 from . import chunked, fla, reference
-from .arguments import check_tensor, finite_number
 from .attention import apply_rotary, softmax_attention
 from .convolution import causal_convolution, prepend_context
 from .gate import swiglu

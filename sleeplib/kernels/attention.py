@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from ..checks import integer
+from ..checks import check_tensor, finite_number, integer
 from . import naive
-from .arguments import check_tensor, finite_number
 from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 
@@ -93,10 +92,21 @@ class _Attention(Differentiable):
 def softmax_attention(q, k, v, *, sliding_window=None, scale=None):
     """Causal softmax attention, one query at a time, equations (1) and (2).
 
-    q (B, T, H, K) holds the queries of the newest T positions, k (B, S, H, K) and v (B, S, H, V) the keys and
-    values of all S >= T positions, the cached ones first.  A query sees its newest `sliding_window` keys, its
-    own included; all if absent.  `scale` is a factor on the scores, ``K ** -0.5`` if absent.  The result is
-    (B, T, H, V), differentiable in q, k and v.
+    Parameters
+    ----------
+    q : torch.Tensor, shape (B, T, H, K)
+        Queries of the newest T positions.
+    k, v : torch.Tensor, shapes (B, S, H, K) and (B, S, H, V)
+        Keys and values of all S >= T positions, the cached ones first.
+    sliding_window : int, optional
+        A query sees its newest `sliding_window` keys, its own included; all if absent.
+    scale : float, optional
+        Factor on the scores, ``K ** -0.5`` if absent.
+
+    Returns
+    -------
+    torch.Tensor, shape (B, T, H, V)
+        Differentiable in q, k and v.
 
     Chapter: 01_attention
     """

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from ..checks import integer
+from ..checks import check_tensor, integer
 from . import naive
-from .arguments import check_tensor
 from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient

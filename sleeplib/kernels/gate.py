@@ -1,7 +1,7 @@
 """The gate of a feed-forward layer in one sweep."""
 
+from ..checks import check_tensor
 from . import naive
-from .arguments import check_tensor
 from .jit import Differentiable, compiled, exp, launch, numba_kernel
 
 

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from ..checks import integer
+from ..checks import check_tensor, finite_number, integer
 from . import naive
-from .arguments import check_tensor, finite_number
 from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
 
 BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
