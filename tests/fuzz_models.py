@@ -149,6 +149,7 @@ TARGETS = {
 }
 ALSO = "tokens inputs labels state initial_state h model passes window eviction awake count split".split()
 ALSO += "d_model num_heads vocab_size rope_base letters nodes queries windows fewest word hops".split()
+ALSO += ["g"]  # where a NaN of the caller's shows first, as a decay
 
 
 # What is done to one of the arguments

@@ -6,7 +6,7 @@ import fuzz_models
 import pytest
 
 import sleeplib as sl
-from sleeplib import layers
+from sleeplib import model
 
 
 def test_every_call_is_right_or_refused_by_name():
@@ -19,11 +19,11 @@ def test_every_call_is_right_or_refused_by_name():
 @pytest.mark.parametrize(
     "names, where, attribute, fault",
     [
-        (["forward", "blocks"], sl.Sleepable, "check_state", lambda self, state, rows: None),
-        (["forward", "sleep"], layers.GatedDeltaNet, "_check", lambda self, memory, x: None),
-        (["sleep"], sl.LMState, "evict", lambda self, eviction="hard", window=None: self),
+        (["forward", "blocks"], sl.Sleepable, "check_state", lambda self, state, h: None),
+        (["forward", "sleep"], model, "token_tensor", lambda *args: None),
+        (["readout"], sl.Sleepable, "check_h", lambda self, h: None),
     ],
-    ids=["states are not checked", "memories are not checked", "any eviction is taken"],
+    ids=["states are not checked", "tokens are not checked", "vectors are not checked"],
 )
 def test_the_fuzzer_finds_planted_faults(names, where, attribute, fault):
     with patch.object(where, attribute, fault):
