@@ -1,5 +1,6 @@
 """A run from start to record: checkpoints that resume to the bit, one JSON file at the end."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,8 +97,9 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {change}" for change in experiment.changes())
     probe = trainer.probe if trainer.device.type == "cpu" else None
-    with cpu.chosen(threads or found.get("threads"), probe):
-        status = trainer.run(stop_after, lambda: save_checkpoint(trainer, checkpoint), progress)
+    with cpu.chosen(threads or found.get("threads"), probe) as choice:
+        save = partial(save_checkpoint, trainer, checkpoint)
+        status = trainer.run(stop_after, save, progress, choice.step_took)
         record = make_record(trainer, status, command, *commit)
     done = record["status"] == "done"
     if (old := _standing(path, experiment, overwrite)) is not None:

@@ -226,11 +226,12 @@ class Trainer:
             what = f"an activation was refused ({error})" if finite else "weights are not finite"
             raise FloatingPointError(f"{what} near step {self.step}") from error
 
-    def run(self, stop_after=None, save=None, progress=True):
+    def run(self, stop_after=None, save=None, progress=True, step_took=None):
         """Train to the end, or for `stop_after` steps more; return "done" or what stopped it.
 
         Ctrl-C and SIGTERM stop after the step in hand, a second one at once and without a checkpoint.  `save`
-        is called without arguments every ``save_every`` steps and at the end of the call.
+        is called without arguments every ``save_every`` steps and at the end of the call, `step_took` after
+        each step with its seconds.
         """
         train = self.experiment.train
         more = train.steps if stop_after is None else integer("stop_after", stop_after, 1)
@@ -241,7 +242,10 @@ class Trainer:
         with deferred_interrupt() as noted:
             try:
                 while self.step < end and not noted:
+                    start = time.perf_counter()
                     self.train_step(measure=True)
+                    if step_took:
+                        step_took(time.perf_counter() - start)
                     if self.curve:
                         scores = self.curve[-1]["metrics"]
                         bar.set_postfix(loss=scores["loss"], exact=scores["exact"], refresh=False)

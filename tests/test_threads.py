@@ -20,6 +20,7 @@ def nobody_has_said(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     monkeypatch.setattr(threads, "DEFAULT", 4)
+    monkeypatch.setattr(threads, "free_cores", lambda: 4)
     yield
     torch.set_num_threads(before)
 
@@ -45,15 +46,15 @@ def probe_that_takes(seconds):
 )
 def test_the_fewest_that_are_nearly_the_fastest_are_taken(seconds, best):
     probe, seen = probe_that_takes(seconds)
-    with threads.chosen(None, probe) as count:
-        assert count == torch.get_num_threads() == best
+    with threads.chosen(None, probe) as choice:
+        assert choice.count == torch.get_num_threads() == best
     assert torch.get_num_threads() == 4 and set(seen) == {1, 2, 4}
 
 
 def test_a_number_is_taken_as_it_is_and_given_back_after_an_error():
     probe, seen = probe_that_takes({})
-    with pytest.raises(KeyError), threads.chosen(3, probe) as count:
-        assert count == torch.get_num_threads() == 3
+    with pytest.raises(KeyError), threads.chosen(3, probe) as choice:
+        assert choice.count == torch.get_num_threads() == 3
         raise KeyError
     assert torch.get_num_threads() == 4 and not seen
 
@@ -66,8 +67,8 @@ def test_what_the_user_has_said_stays(how, monkeypatch):
         monkeypatch.setenv(how, "keep" if how == "SLEEPLIB_THREADS" else "4")
     probe, seen = probe_that_takes({})
     wanted = torch.get_num_threads()
-    with threads.chosen(None, probe) as count:
-        assert count == wanted
+    with threads.chosen(None, probe) as choice:
+        assert choice.count == wanted
     assert not seen
 
 
@@ -91,6 +92,25 @@ def test_a_run_without_a_setting_tries_and_leaves_nothing_behind(tmp_path, monke
     probe()
     assert all(p.grad is None for p in trainer.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters()))
+
+
+def test_only_as_many_as_there_are_free_cores_are_tried(monkeypatch):
+    monkeypatch.setattr(threads, "free_cores", lambda: 1)
+    probe, seen = probe_that_takes({1: 0, 2: 0, 4: 0})
+    with threads.chosen(None, probe) as choice:
+        assert choice.count == 1
+    assert not seen and torch.get_num_threads() == 4
+    monkeypatch.undo()
+    assert 0 <= threads.free_cores() <= os.cpu_count()
+
+
+def test_a_machine_that_becomes_busy_gets_one_thread():
+    with threads.chosen(4) as choice:
+        for seconds in (1.0, 0.9, 5.0, 1.0, 5.0, 5.0):  # an evaluation now and then is no reason
+            choice.step_took(seconds)
+            assert choice.count == torch.get_num_threads() == 4
+        choice.step_took(5.0)
+        assert choice.count == torch.get_num_threads() == 1
 
 
 SLEEPS = "import torch, threading, sleeplib; print('sleeplib-team' in str(threading.enumerate()))"
