@@ -102,8 +102,8 @@ def chosen(count, probe=None, repeats=3):
     None tries 1, 2, 4, ... up to the number of cores that are free and takes the fewest that are nearly the
     fastest, unless the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has
     set SLEEPLIB_THREADS=keep.  What is timed is `probe`, a callable without arguments; without it nothing is
-    tried.  It is timed `repeats` times, the counts in turn; the shortest time of each counts.  Several threads
-    that were chosen so may spin: the machine was quiet enough for that to be worth it.
+    tried.  It is timed `repeats` times, the counts in turn; the shortest time of each counts.  Several
+    threads may spin where as many cores are free.
     """
     before, told = torch.get_num_threads(), False
     keep = os.environ.get("SLEEPLIB_THREADS") == "keep" or "OMP_NUM_THREADS" in os.environ
