@@ -248,26 +248,19 @@ def stop_in_the_middle(out, number):
 
 
 @pytest.mark.slow
-def test_killed_and_interrupted_processes_resume_exactly(tmp_path):
+def test_an_interrupted_process_resumes_exactly(tmp_path):
+    """Kills and terminations are in test_kill.py."""
     experiment = sl.experiments.get("rule110-quick").replace(
         TINY | {"train.steps": "150", "train.save_every": "10"}
     )
     whole = train(tmp_path / "whole", experiment)
-
-    out = tmp_path / "killed"
-    assert stop_in_the_middle(out, signal.SIGKILL) == -signal.SIGKILL
-    assert not list(out.rglob("*.json"))  # no record of a run that could not write one
-    done = subprocess.run(command_line(out, "--resume"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (record,) = records.load_records("rule110-quick", out=out)
-    same(record, whole)
-    assert not list(out.rglob("*.safetensors"))
 
     out = tmp_path / "interrupted"
     assert stop_in_the_middle(out, signal.SIGINT) == 130
     (record,) = records.load_records("rule110-quick", out=out)
     assert record["status"].startswith("interrupted after step ") and record["final"]
     same(train(out, experiment, resume=True), whole)
+    assert not list(out.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
