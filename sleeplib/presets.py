@@ -93,3 +93,13 @@ train = TrainConfig(steps=6000, batch=256, muon_lr=1e-3, decay=1200, eval_batch=
 train = dataclasses.replace(train, checkpoint=True, precision="bfloat16")
 about = "the lengths, operations and rates of Figure 4, but from scratch: not its pretrained models"
 _add("gsm_infinite-paper", GSMInfinite(), train, about, seeds=(0,), d_model=256, pattern="ajaj")
+
+# The sweep of Muon's rate.  For rule110 and depo its point at 2e-3 is the -quick preset itself.
+for base, rates in (
+    ("rule110", ("1e-3", "4e-3", "8e-3", "1.6e-2")),
+    ("depo", ("1e-3", "4e-3", "8e-3", "1.6e-2")),
+    ("gsm_infinite", ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")),
+):
+    for rate in rates:
+        about = f"{base}-quick with Muon's rate {rate}: one point of the sweep"
+        _vary(f"{base}-quick", f"{base}-rate-{rate}", {"train.muon_lr": rate}, about, passes=(1, 4))
