@@ -349,19 +349,20 @@ TARGETS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(run, names, about):
+    """The command line of a fuzzer: make the calls, print a summary and every fault."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--call", type=int, help="repeat this one only")
     options = parser.parse_args()
     counts, faults = run(options.calls, options.seed, only=options.call)
     print("\n".join(faults))
-    for name in TARGETS:
+    for name in names:
         line = ", ".join(f"{counts[name, verdict]} {verdict}" for verdict in ("right", "refused", "fault"))
         print(f"{name}: {line}")
     raise SystemExit(bool(faults))
 
 
 if __name__ == "__main__":
-    main()
+    main(run, TARGETS, __doc__)

@@ -4,7 +4,6 @@
 one call.  What kernels are asked is in fuzz.py.  The truth is the same call on plain PyTorch in float64.
 """
 
-import argparse
 import copy
 import dataclasses
 import re
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from fuzz import main
 from tiny import VOCAB, tiny_model
 
 import sleeplib as sl
@@ -306,19 +306,5 @@ def run(calls, seed=0, only=None, targets=None):
     return counts, faults
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--call", type=int, help="repeat this one only")
-    options = parser.parse_args()
-    counts, faults = run(options.calls, options.seed, options.call)
-    print("\n".join(faults))
-    for name in TARGETS:
-        line = ", ".join(f"{counts[name, verdict]} {verdict}" for verdict in ("right", "refused", "fault"))
-        print(f"{name}: {line}")
-    raise SystemExit(bool(faults))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, TARGETS, __doc__)
