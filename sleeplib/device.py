@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import platform
 import re
 import sys
 from contextlib import suppress
@@ -66,9 +67,19 @@ def find_device(name):
     raise ValueError(f"device must be 'auto', 'cpu' or one of {count} CUDA devices here; got {name!r}")
 
 
-def runs_bfloat16(device):
-    """Whether bfloat16 is worth asking for; a GPU before Ampere only emulates it."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
+@cache
+def multiplies_bfloat16(device):
+    """Whether a device has instructions for products in bfloat16.
+
+    A GPU before Ampere and most CPUs only emulate them, slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN says yes to AVX-512 without them too
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache

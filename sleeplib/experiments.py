@@ -39,7 +39,8 @@ class TrainConfig:
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     precision : {"float32", "bfloat16"}
-        bfloat16 runs matrix products under autocast where the GPU has them; the state stays float32.
+        bfloat16 runs matrix products under autocast where the device has instructions for them, and float32
+        elsewhere; a record says which ran.  Sums, and the fast weight, are float32's in both.
     graph : bool
         On CUDA, capture forward and backward as one CUDA graph.
     eval_every, save_every : int

@@ -39,11 +39,14 @@ def project(x, *layers):
     """Apply several bias-free projections to the same x (B, T, D); outputs side by side.
 
     In one product where a layer is nothing but its weight.  A layer that somebody has hooked, wrapped or
-    replaced (LoRA, quantisation, pruning) is called, as any module is.
+    replaced (LoRA, quantisation, pruning) is called, as any module is.  Under autocast the product is
+    bfloat16's; on a CPU it goes on in the precision of x, which our kernels take.
     """
     if all(_is_plain(layer) for layer in layers):
-        return F.linear(x, torch.cat([layer.weight for layer in layers]))
-    return torch.cat([layer(x) for layer in layers], dim=-1)
+        y = F.linear(x, torch.cat([layer.weight for layer in layers]))
+    else:
+        y = torch.cat([layer(x) for layer in layers], dim=-1)
+    return y.to(x.dtype) if x.device.type == "cpu" else y
 
 
 def _is_plain(layer):

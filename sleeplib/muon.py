@@ -1,9 +1,10 @@
 """Muon, with all matrices of one shape orthogonalised together."""
 
 import math
-from functools import cache
 
 import torch
+
+from .device import multiplies_bfloat16
 
 
 class Muon(torch.optim.Muon):
@@ -69,10 +70,3 @@ def orthogonalise(x, coefficients, steps, eps):
         gram = fit(x @ x.mT)
         x = fit(torch.baddbmm(x, fit(torch.baddbmm(gram, gram, gram, beta=b, alpha=c)), x, beta=a))
     return (x.mT if tall else x).bfloat16()
-
-
-@cache
-def multiplies_bfloat16(device):
-    """Whether this device has instructions for products in bfloat16."""
-    known = device.type != "cpu" or not torch.backends.mkldnn.is_available()
-    return known or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -129,7 +129,7 @@ class Trainer:
         self.sample = first.inputs[:few], first.labels[:few]
         self.test = held_out(task, train.eval_batch, self.seed)
         self.data_hash = data_hash(first, self.test)
-        low = train.precision == "bfloat16" and machine.runs_bfloat16(self.device)
+        low = train.precision == "bfloat16" and machine.multiplies_bfloat16(self.device)
         self.precision = "bfloat16" if low else "float32"  # that runs, not that was asked for
         self.workers = 0 if self.device.type == "cpu" else min(4, len(cores()))
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for

@@ -16,8 +16,8 @@ MODULES = {
 }
 # A module may import what stands on a line above its own.  Its first name is the file or folder.
 LAYERS = [
-    {"checks", "threads"},
-    {"records", "device", "muon", "state"},
+    {"checks", "threads", "device"},
+    {"records", "muon", "state"},
     {"kernels"},
     {"layers", "interface"},
     {"model"},

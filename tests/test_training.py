@@ -493,7 +493,7 @@ def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("runs_it", [True, False])
 def test_a_record_names_the_precision_that_ran(tmp_path, runs_it):
-    with patch.object(training.machine, "runs_bfloat16", return_value=runs_it):
+    with patch.object(training.machine, "multiplies_bfloat16", return_value=runs_it):
         low = train(tmp_path / "low", tiny_experiment(precision="bfloat16"))
     assert low["dtype"] == ("bfloat16" if runs_it else "float32")
     assert (low["curve"] == train(tmp_path / "full", tiny_experiment())["curve"]) == (not runs_it)
@@ -702,7 +702,8 @@ def test_micro_batches_have_the_gradient_of_the_whole(parts):
         close(b, a, 1e-5)
 
 
-def test_bfloat16_trains_with_a_float32_state():
+def test_bfloat16_trains_with_a_float32_state(monkeypatch):
+    monkeypatch.setattr(training.machine, "multiplies_bfloat16", lambda device: True)
     trainer = sl.Trainer(tiny_experiment(precision="bfloat16"), 2, 0, device="cpu")
     plain = sl.Trainer(tiny_experiment(), 2, 0, device="cpu")
     batch = training.training_batch(trainer.experiment.task, trainer.experiment.train, 0, 0)
@@ -710,6 +711,21 @@ def test_bfloat16_trains_with_a_float32_state():
     assert low.dtype == torch.float32 and not torch.equal(low, full)
     close(low, full, 3e-2)
     assert trainer.run(progress=False) == "done"
+
+
+def test_bfloat16_keeps_the_kernels(monkeypatch):
+    """On a CPU only products are bfloat16's: no slower form of a kernel runs in its place."""
+
+    def refuse(*args, **options):
+        raise AssertionError("plain PyTorch in place of a kernel")
+
+    monkeypatch.setattr(training.machine, "multiplies_bfloat16", lambda device: True)
+    names = "recurrence swiglu rms_norm split_heads causal_convolution apply_rotary softmax_attention"
+    for name in names.split():
+        monkeypatch.setattr(sl.kernels.naive, name, refuse)
+    trainer = sl.Trainer(tiny_experiment(precision="bfloat16"), 2, 0, device="cpu")
+    trainer.train_step()
+    assert trainer.precision == "bfloat16"
 
 
 def test_to_build_a_trainer_changes_nothing_global():
