@@ -51,7 +51,7 @@ notebooks: $(STAMP)  ## execute the chapters whose source changed (ALL=1: all of
 lab: $(STAMP)  ## open the chapters in JupyterLab
 	.venv/bin/jupyter-lab --notebook-dir=book
 
-reproduce: $(STAMP)  ## run the quick reproductions and write their records (TASKS=depo, SCALE=small: one GPU)
+reproduce: $(STAMP)  ## run what is missing, one niced process a core, resumable (SCALE=quick, rate, ablation, small, paper; TASKS=depo)
 	for task in $(TASKS); do $(PY) -m sleeplib reproduce $$task --scale $(SCALE) || exit; done
 
 clean:  ## remove what was built; keep .venv, records and checkpoints

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from collections import Counter
 
 import numpy as np
 
 from . import experiments, records, runs, tasks
 from .doctor import examine
+from .reproduce import core_hours, runs_of
 from .reproduce import reproduce as reproduce_all
 from .scorecard import scorecard as judge_all
 
@@ -15,11 +17,16 @@ EXIT = {"failed": 1, "interrupted": 130, "terminated": 143}  # as a shell report
 
 
 def list_presets(args):
-    """Print every preset and which of its runs are recorded."""
+    """Print every preset: its runs done, begun and to do, and the core-hours of each N as measured here."""
     for name, experiment in experiments.PRESETS.items():
-        done = len([r for r in records.load_records(name, out=args.out) if r["status"] == "done"])
-        wanted = len(experiment.passes) * len(experiment.seeds)
-        print(f"{name:22} {done:2} of {wanted:2} runs recorded   {experiment.about}")
+        states = Counter(state for state, _ in runs_of(experiment, args.out).values())
+        counts = ", ".join(
+            f"{states[state]} {state}" for state in ("done", "begun", "to do") if states[state]
+        )
+        costs = {n: core_hours(experiment, n, args.out) for n in experiment.passes}
+        hours = [f"N={n} {'' if cost[1] else '~'}{cost[0]:.2g}" for n, cost in costs.items() if cost]
+        print(f"{name:24} {counts:22} {'core-hours ' * bool(hours)}{', '.join(hours)}")
+        print(f"    {experiment.about}")
 
 
 def sample(args):
@@ -70,6 +77,8 @@ def scorecard(args):
         print(f"Figure {row['figure']}: {row['claim']}: {row['verdict'].upper()}")
         print(f"    paper  {row['paper']}")
         print(f"    ours   {row['ours']}  ({row['scale']}; seeds: {row['seeds']}; {row['device']})")
+        if row["whole"]:
+            print(f"    steps  {row['steps']}; from first to last {row['whole']}")
 
 
 def bench(args):
@@ -121,7 +130,7 @@ def parser():
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=300")
     p = add("reproduce", reproduce)
     p.add_argument("task", choices=tasks.TASKS)
-    p.add_argument("--scale", choices=("quick", "small", "paper", "ablation"), default="quick")
+    p.add_argument("--scale", default="quick", help="quick, rate, ablation, small or paper")
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
     add("bench", bench).add_argument("--repeats", type=int, default=9)

@@ -32,10 +32,16 @@ def load_checkpoint(trainer, path):
     if not found or hashlib.sha256(content.replace(found[1], BLANK, 1)).hexdigest() != found[1].decode():
         why = "its digest is wrong" if found else "it has no digest"
         raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run ({why})")
-    size = int.from_bytes(content[:8], "little")
     try:
-        notes = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["sleeplib"])
+        notes = read_notes(path)
         trainer.restore(load(content), notes)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {path} {error}") from error
     return notes
+
+
+def read_notes(path):
+    """The plain notes of a checkpoint, among them its ``step``, without the tensors; nothing is verified."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(json.loads(file.read(size))["__metadata__"]["sleeplib"])

@@ -1,6 +1,5 @@
 """The command line: what it prints, and that bad input is one line and exit code 2."""
 
-import json
 import os
 import re
 import signal
@@ -19,7 +18,8 @@ from test_training import TINY
 import sleeplib as sl
 from sleeplib import __main__ as command_line
 from sleeplib import records, reproduce, threads
-from sleeplib.scorecard import judge
+from sleeplib.checkpoints import save_checkpoint
+from sleeplib.flops import training_flops
 
 
 def call(capsys, *argv):
@@ -42,8 +42,49 @@ def tiny_run(tmp_path, *rest, **settings):
 def test_list_names_every_preset(capsys, tmp_path):
     code, out, err = call(capsys, "list", "--out", str(tmp_path))
     assert code == 0 and not err
-    assert [line.split()[0] for line in out.splitlines()] == list(sl.experiments.PRESETS)
-    assert " 0 of  9 runs recorded" in out
+    names, abouts = out.splitlines()[::2], out.splitlines()[1::2]
+    assert [line.split()[0] for line in names] == list(sl.experiments.PRESETS)
+    assert names[0].split() == ["rule110-quick", "9", "to", "do"]
+    assert [line.strip() for line in abouts] == [e.about for e in sl.experiments.PRESETS.values()]
+
+
+def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, tmp_path):
+    quick, here = sl.experiments.get("rule110-quick"), records.processor().rpartition(",")[0]
+    assert reproduce.core_hours(quick, 4, tmp_path) is None
+    done = dict.fromkeys(records.KEYS) | dict(preset=quick.name, passes=2, status="done", final={})
+    for seed, seconds, device in (
+        (0, 3600, f"{here}, 1 thread"),
+        (1, 3600, f"{here}, 2 threads"),
+        (2, 9, "abacus, 1 thread"),
+    ):
+        records.save_record(done | dict(seed=seed, seconds=seconds, device=device), tmp_path)
+    assert reproduce.core_hours(quick, 2, tmp_path) == (1.5, True)  # another machine's do not count
+    hours, measured = reproduce.core_hours(quick, 4, tmp_path)
+    ratio = training_flops(quick, 4) / training_flops(quick, 2)
+    assert hours == pytest.approx(ratio / np.median([1, 1 / 2])) and not measured
+    trainer = sl.Trainer(quick, 4, 1, "cpu")
+    trainer.step = 200
+    with patch.object(trainer, "snapshot", lambda: ({"x": torch.zeros(1)}, {"step": 200})):
+        save_checkpoint(trainer, records.record_path(quick.name, 4, 1, tmp_path).with_suffix(".safetensors"))
+    runs = reproduce.runs_of(quick, tmp_path)
+    assert runs[4, 1] == ("begun", 200) and runs[2, 1] == ("done", 800) and runs[4, 0] == ("to do", 0)
+    assert list(runs)[:4] == [(4, 0), (2, 0), (1, 0), (4, 1)]
+    out = call(capsys, "list", "--out", str(tmp_path))[1]
+    assert "3 done, 1 begun, 5 to do core-hours N=1 ~" in out and "N=2 1.5, N=4 ~" in out
+    lines = []
+    with patch.object(reproduce.subprocess, "run", return_value=SimpleNamespace(returncode=3)):
+        codes = reproduce.reproduce("rule110", seeds=[1], jobs=1, out=tmp_path, say=lines.append)[1]
+    assert codes == [3, 3, 3] and len(lines) == 4
+    names = quick.name, f"{quick.name}-long"
+    rest = sum(reproduce.core_hours(sl.experiments.get(name), 1, tmp_path)[0] for name in names)
+    left = rest + hours * 0.75  # of 800 steps 200 are done
+    assert lines[0] == f"rule110-quick: 3 runs to make, 1 at a time, about {left:.1f} hours left"
+    end = f"1 of 3: rule110-quick N=4 seed=1 stopped with code 3; about {rest:.1f} hours left"
+    assert lines[1].endswith(end)
+    reproduce.reproduce("gsm_infinite", "ablation", out=tmp_path, jobs=1, say=lines.append)
+    assert lines[-1] == "gsm_infinite-ablation: 0 runs to make, 1 at a time, about 0.0 hours left"
+    with pytest.raises(ValueError, match="^scale: no task has presets called huge"):
+        reproduce.reproduce("rule110", "huge")
 
 
 def test_sample_prints_windows_and_what_is_asked(capsys):
@@ -218,54 +259,6 @@ def test_jobs_share_the_cores_and_their_children_keep_to_theirs():
         child = pool.submit(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
         assert {int(core) for core in child.result().stdout.split()} == share
     assert os.sched_getaffinity(0) == ours  # only that thread was bound
-
-
-def test_the_scorecard_judges_every_figure_by_presets_that_exist(capsys):
-    claims = json.loads((records.data_dir() / "paper" / "claims.json").read_text())
-    code, out, _ = call(capsys, "scorecard")
-    assert code == 0
-    for claim in claims:
-        assert f"Figure {claim['figure']}: {claim['claim']}: " in out
-        for name in sum(claim["presets"], []):
-            assert sl.experiments.get(name)
-
-
-@pytest.mark.parametrize(
-    "scores, verdict",
-    [
-        ((0.5, 0.6, 0.7), "partly"),
-        ((0.5, 0.4, 0.7), "not"),
-        ((0.7, 0.6, 0.5), "not"),
-        ((0.5, 0.505, 0.51), "not"),
-    ],
-)
-def test_the_verdict_follows_the_order_of_the_means_and_ignores_what_chance_can_do(tmp_path, scores, verdict):
-    claim = dict(figure="0", claim="more is better", paper="-", kind="rises with passes", metric="exact")
-    claim |= dict(presets=[["rule110-paper"], ["rule110-quick"]])
-    assert judge(claim, tmp_path)["verdict"] == "not run"
-    for passes, score in zip((1, 2, 4), scores):
-        record = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick", passes=passes, seed=0)
-        record |= dict(status="done", final={"exact": score}, device="abacus")
-        records.save_record(record, tmp_path)
-    assert judge(claim, tmp_path)["verdict"] == verdict
-
-
-def test_a_claim_about_depth_is_judged_without_sleep(tmp_path):
-    claim = dict(
-        figure="0", claim="deeper is harder", paper="-", kind="falls with task.steps", metric="exact"
-    )
-    claim |= dict(presets=[["rule110-ablation-t2", "rule110-quick"]])
-    for preset, passes, score in (
-        ("rule110-ablation-t2", 1, 0.9),
-        ("rule110-quick", 1, 0.5),
-        ("rule110-quick", 4, 1.0),  # with sleep the order is another; it does not count
-    ):
-        record = dict.fromkeys(records.KEYS) | dict(preset=preset, passes=passes, seed=0, status="done")
-        record |= dict(final={"exact": score}, device="abacus", config=sl.experiments.get(preset).config())
-        records.save_record(record, tmp_path)
-    row = judge(claim, tmp_path)
-    assert row["verdict"] == "partly" and row["ours"] == "t = 2 0.900, t = 6 0.500"
-    assert row["scale"].startswith("rule110-ablation-t2, rule110-quick, smaller")
 
 
 def test_make_reproduce_knows_every_task():

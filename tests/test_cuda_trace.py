@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sleeplib as sl
+from sleeplib import muon
 from sleeplib.algorithm import awake_chunks
 from sleeplib.layers import _rotary_table
 from sleeplib.training import make_optimizers
@@ -55,7 +56,7 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def a_guard_for_cuda():
+def a_guard_for_cuda(monkeypatch):
     """Lend "cuda" the CPU's device guard, which does nothing: slices ask for one, and this build has none.
 
     Rotary tables are kept from call to call; fake ones must not reach other tests.
@@ -68,6 +69,7 @@ def a_guard_for_cuda():
     else:
         pytest.skip("not traced: the device guards of this build are out of reach")
     _rotary_table.cache_clear()
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: True)  # it would ask a driver
     guards[1] = guards[0]
     yield
     guards[1] = None
