@@ -42,7 +42,7 @@ def bootstrap_cell():
 
 def sources():
     """The sources of all chapters, in order."""
-    return sorted((BOOK / "src").glob("[0-9][0-9]_*.md"))
+    return sorted((BOOK / "src").glob("*.md"))
 
 
 def target(source):

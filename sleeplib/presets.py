@@ -103,3 +103,5 @@ for base, rates in (
     for rate in rates:
         about = f"{base}-quick with Muon's rate {rate}: one point of the sweep"
         _vary(f"{base}-quick", f"{base}-rate-{rate}", {"train.muon_lr": rate}, about, passes=(1, 4))
+about = "rule110-rate-8e-3, the best rate without sleep, run on for the training FLOPs of N = 4"
+_vary("rule110-rate-8e-3", "rule110-rate-8e-3-long", {"train.steps": 3387}, about, passes=(1,), seeds=(3, 4, 5))
