@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import experiments, records
+from .device import multiplies_bfloat16
 from .flops import training_flops
 from .kernels import gated_delta_rule, softmax_attention
 from .sleeper import Sleeper
@@ -123,6 +124,46 @@ def training_step(repeats, preset="rule110-quick"):
             f"{preset} step, N = {passes}: ours {ours * 1e3:6.0f} ms, on transformers' kernel "
             f"{other * 1e3:6.0f} ms, ratio {other / ours:.1f}; {100 * rate / peak:.0f} % of the measured peak"
         )
+
+
+STEP_PROBE = """
+import sys, statistics, time, torch, sleeplib as sl
+from sleeplib import device, layers
+width, mode, repeats = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+if mode == "autocast":  # what autocast does by itself: activations in bfloat16, which our kernels do not take
+    layers.project = lambda x, *all: torch.nn.functional.linear(x, torch.cat([part.weight for part in all]))
+precision = "float32" if mode == "float32" else "bfloat16"
+experiment = sl.experiments.get("rule110-paper").replace(d_model=width, batch=64, precision=precision)
+trainer, times = sl.Trainer(experiment, 1, 0, "cpu"), []
+for _ in range(repeats + 1):
+    began = time.perf_counter()
+    trainer.train_step()
+    times.append(time.perf_counter() - began)
+print(statistics.median(times[1:]), device.peak_bytes(torch.device("cpu")) / 2**30)
+"""
+
+
+def precisions(repeats, widths=(64, 256, 512)):
+    """Time rule110-paper's step at batch 64 in each precision, in one process and in two side by side."""
+    native = multiplies_bfloat16(torch.device("cpu"))
+    peak = matmul_peak(repeats, dtype=torch.bfloat16 if native else torch.float32)
+    kind = "bfloat16" if native else "float32 (this processor has no products in bfloat16)"
+    print(f"matrix product, 1024 cubed, {kind}: {peak / 1e9:.0f} GFLOP/s, one thread")
+    print("width  precision  processes  tokens/s each  of that peak  GiB each")
+    for width in widths:
+        e = experiments.get("rule110-paper").replace({"model.d_model": width, "train.batch": 64})
+        tokens, work = e.train.batch * e.task.length, training_flops(e, 1)
+        for count in (1, 2):
+            for mode in ("float32", "autocast", "ours") if native else ("float32",):
+                command = [sys.executable, "-c", STEP_PROBE, str(width), mode, str(max(3, repeats // 2))]
+                probes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+                found = [tuple(map(float, probe.communicate()[0].split())) for probe in probes]
+                seconds, memory = (max(column) for column in zip(*found))
+                share = f"{100 * work / seconds / peak:10.0f} %"
+                print(
+                    f"{width:5}  {mode:9}  {count:9}  {tokens / seconds:13,.0f}  {share:>12}  {memory:8.1f}"
+                )
 
 
 def generators(repeats, presets=("rule110-paper", "depo-paper", "gsm_infinite-small")):
@@ -234,6 +275,8 @@ def main(repeats=9):
         kernels(repeats)
         attention(repeats)
         training_step(repeats)
+    torch.set_num_threads(1)
+    precisions(repeats)
     generators(repeats)
     streaming()
     memory()

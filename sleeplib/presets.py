@@ -36,7 +36,8 @@ about = "rule110-quick without sleep, four times as deep: the training FLOPs of 
 _vary("rule110-quick", "rule110-ablation-deep", {"model.pattern": "ag" * 8}, about, passes=(1,))
 
 # 97,656 steps of 512 sequences of 100 tokens: 5 billion tokens
-task, train = Rule110(24, 4, 32), TrainConfig(97_656, 512, eval_every=250, save_every=1000, graph=True)
+low = dict(precision="bfloat16", graph=True)
+task, train = Rule110(24, 4, 32), TrainConfig(97_656, 512, eval_every=250, save_every=1000, **low)
 about = "Figure 2b: t = 32, 5 billion tokens a run"
 _add("rule110-paper", task, train, about, passes=(1, 2, 3, 4), seeds=(0,), d_model=256)
 for t in (4, 8, 10, 12, 14, 16):
@@ -61,10 +62,10 @@ for name, settings, about in (
     about = f"depo-ablation-ring8 without sleep, {about}"
     _vary("depo-ablation-ring8", f"depo-ablation-{name}", settings, about, passes=(1,), seeds=(0,))
 about = "25 nodes, 8 hops, 4 Jet/attention layers, width 256; one GPU; smaller than the paper's"
-train = TrainConfig(steps=6000, batch=128, save_every=500, graph=True)
+train = TrainConfig(steps=6000, batch=128, save_every=500, **low)
 _add("depo-small", Depo(nodes=25, hops=8, queries=8, windows=2), train, about, d_model=256, pattern="ajaj")
 about = "Figure 3: 75 nodes, 16 hops, 10 Jet/attention layers, width 512, 100,000 steps"
-train = TrainConfig(steps=100_000, batch=128, eval_every=500, save_every=1000, graph=True)
+train = TrainConfig(steps=100_000, batch=128, eval_every=500, save_every=1000, **low)
 _add("depo-paper", Depo(), train, about, seeds=(0,), d_model=512, pattern="aj" * 5, num_heads=8)
 
 story = dict(theme="harbor", level="medium", places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
@@ -85,7 +86,7 @@ for name, eviction, about in (
     _vary("gsm_infinite-quick", f"gsm_infinite-quick-{name}", settings, about, **parts)
 story = dict(places=(2, 3), kinds=(2, 4), noise=(8, 8), max_value=100)
 task = GSMInfinite(ops=(1, 6), tokens=(200, 320), window=160, **story)
-train = TrainConfig(3000, 128, muon_lr=1e-3, adamw_lr=3e-4, decay=600, save_every=500, graph=True)
+train = TrainConfig(3000, 128, muon_lr=1e-3, adamw_lr=3e-4, decay=600, save_every=500, **low)
 about = "1 to 6 operations, 320 tokens, all themes, width 256; one GPU; smaller than the paper's"
 _add("gsm_infinite-small", task, train, about, d_model=256)
 # 6,000 steps of 256 sequences of 3,301 tokens: 5 billion tokens
@@ -104,4 +105,5 @@ for base, rates in (
         about = f"{base}-quick with Muon's rate {rate}: one point of the sweep"
         _vary(f"{base}-quick", f"{base}-rate-{rate}", {"train.muon_lr": rate}, about, passes=(1, 4))
 about = "rule110-rate-8e-3, the best rate without sleep, run on for the training FLOPs of N = 4"
-_vary("rule110-rate-8e-3", "rule110-rate-8e-3-long", {"train.steps": 3387}, about, passes=(1,), seeds=(3, 4, 5))
+settings = {"train.steps": 3387}
+_vary("rule110-rate-8e-3", "rule110-rate-8e-3-long", settings, about, passes=(1,), seeds=(3, 4, 5))
