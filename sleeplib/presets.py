@@ -61,6 +61,11 @@ for name, settings, about in (
 ):
     about = f"depo-ablation-ring8 without sleep, {about}"
     _vary("depo-ablation-ring8", f"depo-ablation-{name}", settings, about, passes=(1,), seeds=(0,))
+task = Depo(nodes=16, hops=8, letters=20, word=(1, 1), queries=8, windows=4, fewest=16)
+for rate in ("2e-3", "4e-3", "8e-3"):
+    train = TrainConfig(steps=5000, batch=64, muon_lr=float(rate), adamw_lr=1e-3, eval_batch=256)
+    about = f"16 nodes, 8 hops, 4 windows, width 64: Muon's rate {rate}, one point of the sweep"
+    _add(f"depo-ring16-rate-{rate}", task, train, about, seeds=(10,))
 about = "25 nodes, 8 hops, 4 Jet/attention layers, width 256; one GPU; smaller than the paper's"
 train = TrainConfig(steps=6000, batch=128, save_every=500, **low)
 _add("depo-small", Depo(nodes=25, hops=8, queries=8, windows=2), train, about, d_model=256, pattern="ajaj")
