@@ -52,7 +52,9 @@ lab: $(STAMP)  ## open the chapters in JupyterLab
 	.venv/bin/jupyter-lab --notebook-dir=book
 
 reproduce: $(STAMP)  ## run what is missing, one niced process a core, resumable (SCALE=quick, rate, ablation, small, paper; TASKS=depo)
-	for task in $(TASKS); do $(PY) -m sleeplib reproduce $$task --scale $(SCALE) || exit; done
+	code=0; for task in $(TASKS); do \
+		$(PY) -m sleeplib reproduce $$task --scale $(SCALE) || code=$$?; test $$code != 130 || exit 130; \
+	done; exit $$code
 
 clean:  ## remove what was built; keep .venv, records and checkpoints
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

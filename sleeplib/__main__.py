@@ -13,18 +13,18 @@ from .reproduce import reproduce as reproduce_all
 from .scorecard import scorecard as judge_all
 
 OUT = "data/results of a checkout, else ./sleeplib-results"
+STATES = ("done", "failed", "begun", "to do")
 EXIT = {"failed": 1, "interrupted": 130, "terminated": 143}  # as a shell reports the signals
 
 
 def list_presets(args):
     """Print every preset: its runs done, begun and to do, and the core-hours of each N as measured here."""
+    costs = core_hours(args.out)
     for name, experiment in experiments.PRESETS.items():
-        states = Counter(state for state, _ in runs_of(experiment, args.out).values())
-        counts = ", ".join(
-            f"{states[state]} {state}" for state in ("done", "begun", "to do") if states[state]
-        )
-        costs = {n: core_hours(experiment, n, args.out) for n in experiment.passes}
-        hours = [f"N={n} {'' if cost[1] else '~'}{cost[0]:.2g}" for n, cost in costs.items() if cost]
+        found = Counter(state for state, _ in runs_of(experiment, args.out).values())
+        counts = ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
+        known = [(n, *costs[name, n]) for n in experiment.passes if (name, n) in costs]
+        hours = [f"N={n} {'' if measured else '~'}{cost:.2g}" for n, cost, measured in known]
         print(f"{name:24} {counts:22} {'core-hours ' * bool(hours)}{', '.join(hours)}")
         print(f"    {experiment.about}")
 

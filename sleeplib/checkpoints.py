@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -33,15 +34,24 @@ def load_checkpoint(trainer, path):
         why = "its digest is wrong" if found else "it has no digest"
         raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run ({why})")
     try:
-        notes = read_notes(path)
+        notes = _notes(content)
         trainer.restore(load(content), notes)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {path} {error}") from error
     return notes
 
 
-def read_notes(path):
-    """The plain notes of a checkpoint, among them its ``step``, without the tensors; nothing is verified."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(json.loads(file.read(size))["__metadata__"]["sleeplib"])
+def steps_done(path):
+    """Steps in a checkpoint, unverified; 0 if there is none or it cannot be read: its run will say why."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            size = min(int.from_bytes(head, "little"), os.fstat(file.fileno()).st_size)
+            return int(_notes(head + file.read(size))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _notes(content):
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["sleeplib"])

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from . import records
-from .checkpoints import read_notes
+from .checkpoints import steps_done
 from .checks import integer
 from .experiments import PRESETS
 from .flops import training_flops
@@ -24,49 +24,50 @@ from .threads import cores
 def runs_of(experiment, out=None, seeds=None):
     """What has become of every run of a preset: ``{(N, seed): (state, steps)}``.
 
-    In the order in which they are made, seed by seed and the longest first.  A state is "done", "to do" or
-    "begun": a checkpoint waits to be resumed, or a process is at it.
+    In the order in which they are made, seed by seed and the longest first.  A state is "done", "failed" (it
+    diverged, and would again), "to do", or "begun": a checkpoint waits to be resumed, or a process is at it.
     """
-    done = {(r["passes"], r["seed"]) for r in _finished(experiment.name, out)}
+    out = records.results_dir() if out is None else out  # what was shipped is not what was made here
+    found = {(r["passes"], r["seed"]): r for r in records.load_records(experiment.name, out=out)}
+    ended = {key: r for key, r in found.items() if r["status"].split(":")[0] in ("done", "failed")}
     wanted = product(experiment.passes, experiment.seeds if seeds is None else seeds)
     runs = {}
-    for n, seed in sorted({*wanted, *(done if seeds is None else ())}, key=lambda key: (key[1], -key[0])):
-        checkpoint = records.record_path(experiment.name, n, seed, out).with_suffix(".safetensors")
-        steps = experiment.train.steps if (n, seed) in done else 0
-        if not steps and checkpoint.exists():
-            steps = read_notes(checkpoint)["step"]
-        runs[n, seed] = "done" if (n, seed) in done else "begun" if steps else "to do", steps
+    for n, seed in sorted({*wanted, *(ended if seeds is None else ())}, key=lambda key: (key[1], -key[0])):
+        if (n, seed) in ended:
+            runs[n, seed] = ended[n, seed]["status"].split(":")[0], experiment.train.steps
+            continue
+        steps = steps_done(records.record_path(experiment.name, n, seed, out).with_suffix(".safetensors"))
+        runs[n, seed] = "begun" if steps else "to do", steps
     return runs
 
 
-def core_hours(experiment, passes, out=None):
-    """What a run takes on this processor: (core-hours, whether such runs were measured here), or None.
+def core_hours(out=None):
+    """What each run takes on this processor: ``{(preset, N): (core-hours, whether measured)}``.
 
     Measured is the median of the finished runs of this preset and N.  Where there are none, it is what the
-    run's operations take at the median speed of the task's runs that were finished here.
+    run's operations take at the median speed of the task's runs that were finished here; a task without any
+    is left out, and everything where there is a GPU.
     """
-    here = records.processor().rpartition(",")[0]
-
-    def measured(name, n=None):
-        for r in _finished(name, out):
-            if str(r["device"]).rpartition(",")[0] == here and n in (None, r["passes"]):
+    here, took, speeds, work = records.processor().rpartition(",")[0], {}, {}, {}
+    if torch.cuda.is_available():
+        return {}
+    for name, e in PRESETS.items():
+        work |= {(name, n): training_flops(e, n) * e.train.steps for n in e.passes}
+        for r in records.load_records(name, out=out):
+            known = r["status"] == "done" and str(r["device"]).rpartition(",")[0] == here
+            if known and r["config_hash"] in (None, e.config_hash()):
                 threads = int(re.search(r"(\d+) thread", r["device"])[1])
-                yield r["passes"], r["seconds"] * threads / 3600
-
-    if same := [hours for _, hours in measured(experiment.name, passes)]:
-        return median(same), True
-    speeds = []
-    for other in (e for e in PRESETS.values() if type(e.task) is type(experiment.task)):
-        cost = {n: training_flops(other, n) * other.train.steps for n in other.passes}
-        speeds += [cost[n] / hours for n, hours in measured(other.name) if n in cost]
-    if not speeds:
-        return None
-    return training_flops(experiment, passes) * experiment.train.steps / median(speeds), False
-
-
-def _finished(name, out):
-    found = records.load_records(name, out=out)
-    return [r for r in found if r["status"] == "done"]
+                took.setdefault((name, r["passes"]), []).append(r["seconds"] * threads / 3600)
+        for n in e.passes:
+            speeds.setdefault(type(e.task), []).extend(work[name, n] / h for h in took.get((name, n), ()))
+    costs = {}
+    for name, n in work:
+        speed = speeds[type(PRESETS[name].task)]
+        if (name, n) in took:
+            costs[name, n] = median(took[name, n]), True
+        elif speed:
+            costs[name, n] = work[name, n] / median(speed), False
+    return costs
 
 
 def shares(jobs):
@@ -82,7 +83,7 @@ def pin_to_cores(left):
 
 
 def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, out=None, keep=None, say=print):
-    """Run every N and seed of ``<task>-<scale>`` and its variants that has no finished record yet.
+    """Run every N and seed of ``<task>-<scale>`` and its variants that has no record of its end yet.
 
     At most `jobs` at a time (if absent one a core, or one on a GPU), for `seeds` (if absent the presets');
     `overwrite`, `out` and `keep` as in :func:`sleeplib.run`.  A run that was stopped goes on where it was.
@@ -99,24 +100,26 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
     threads = max(1, len(cores()) // integer("jobs", jobs, 1))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     nice = ["nice", "-n", "10"] if shutil.which("nice") else []
-    left, commands = {}, {}
+    costs, left, commands = core_hours(out), {}, {}
     for e in chosen:
         for (n, seed), (state, steps) in runs_of(e, out, seeds).items():
-            if state == "done" and not overwrite or n not in e.passes:
+            if state in ("done", "failed") and not overwrite or n not in e.passes:
                 continue
             command = [*nice, sys.executable, "-m", "sleeplib", "run", e.name, "--resume"]
             command += ["--passes", str(n), "--seed", str(seed)] + ["--overwrite"] * overwrite
             for option, value in (("--out", out), ("--keep", keep)):
                 command += [option, str(value)] if value else []
-            cost = core_hours(e, n, out)
-            left[e.name, n, seed] = cost and cost[0] * (1 - steps * (not overwrite) / e.train.steps)
+            cost, _ = costs.get((e.name, n), (None, False))
+            left[e.name, n, seed] = cost and cost * (1 - steps * (state == "begun") / e.train.steps)
             commands[e.name, n, seed] = command
     total = len(commands)
 
     def hours():
         known = [cost for cost in left.values() if cost is not None]
-        text = f"about {sum(known) / jobs:.1f} hours left" if known or not left else "hours unknown"
-        return text + f" and {len(left) - len(known)} runs never timed here" * (0 < len(known) < len(left))
+        if left and not known:
+            return "hours unknown"
+        text = f"about {sum(known) / min(jobs * threads, len(cores())):.1f} hours left"
+        return text + f" and {len(left) - len(known)} runs never timed here" * (len(known) < len(left))
 
     say(f"{name}: {total} runs to make, {jobs} at a time, {hours()}")
     with ThreadPoolExecutor(jobs, initializer=pin_to_cores, initargs=(shares(jobs),)) as pool:

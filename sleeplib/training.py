@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import signal
 import threading
 import time
@@ -237,7 +238,8 @@ class Trainer:
         more = train.steps if stop_after is None else integer("stop_after", stop_after, 1)
         end = min(train.steps, self.step + more)
         name = f"{self.experiment.name} N={self.passes} seed={self.seed}"
-        bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=None if progress else True)
+        quiet = not progress or "TQDM_DISABLE" in os.environ
+        bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=quiet or None)
         began, status = time.perf_counter(), None
         with deferred_interrupt() as noted:
             try:
@@ -274,7 +276,7 @@ class Trainer:
 
     def identity(self):
         """What must be the same for a checkpoint to fit."""
-        own = dict(preset=self.experiment.name, passes=self.passes, seed=self.seed)
+        own = dict(preset=self.experiment.name, passes=self.passes, seed=self.seed, precision=self.precision)
         return own | dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
 
     def snapshot(self):
@@ -290,7 +292,8 @@ class Trainer:
     def restore(self, tensors, notes):
         """Go on where a :meth:`snapshot` was taken; ValueError, with nothing changed, if it does not fit."""
         own = self.identity()
-        if odd := [k for k in own if notes["run"].get(k) != own[k]]:
+        found = {"precision": self.precision} | notes["run"]  # older checkpoints do not say
+        if odd := [k for k in own if found.get(k) != own[k]]:
             raise ValueError(f"belongs to another run (differs in {', '.join(odd)})")
         step = integer("step", notes["step"], 0, self.experiment.train.steps)
         wanted = {f"model.{k}": v.shape for k, v in self.model.state_dict().items()} | {"losses": (2,)}

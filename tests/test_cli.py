@@ -50,7 +50,7 @@ def test_list_names_every_preset(capsys, tmp_path):
 
 def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, tmp_path):
     quick, here = sl.experiments.get("rule110-quick"), records.processor().rpartition(",")[0]
-    assert reproduce.core_hours(quick, 4, tmp_path) is None
+    assert reproduce.core_hours(tmp_path) == {}
     done = dict.fromkeys(records.KEYS) | dict(preset=quick.name, passes=2, status="done", final={})
     for seed, seconds, device in (
         (0, 3600, f"{here}, 1 thread"),
@@ -58,33 +58,56 @@ def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, 
         (2, 9, "abacus, 1 thread"),
     ):
         records.save_record(done | dict(seed=seed, seconds=seconds, device=device), tmp_path)
-    assert reproduce.core_hours(quick, 2, tmp_path) == (1.5, True)  # another machine's do not count
-    hours, measured = reproduce.core_hours(quick, 4, tmp_path)
+    assert reproduce.core_hours(tmp_path)[quick.name, 2] == (1.5, True)  # another machine's do not count
+    hours, measured = reproduce.core_hours(tmp_path)[quick.name, 4]
     ratio = training_flops(quick, 4) / training_flops(quick, 2)
     assert hours == pytest.approx(ratio / np.median([1, 1 / 2])) and not measured
     trainer = sl.Trainer(quick, 4, 1, "cpu")
     trainer.step = 200
     with patch.object(trainer, "snapshot", lambda: ({"x": torch.zeros(1)}, {"step": 200})):
         save_checkpoint(trainer, records.record_path(quick.name, 4, 1, tmp_path).with_suffix(".safetensors"))
+    records.save_record(done | dict(passes=1, seed=2, status="failed: loss is not finite"), tmp_path)
     runs = reproduce.runs_of(quick, tmp_path)
+    assert runs[1, 2][0] == "failed"  # it would fail again
     assert runs[4, 1] == ("begun", 200) and runs[2, 1] == ("done", 800) and runs[4, 0] == ("to do", 0)
     assert list(runs)[:4] == [(4, 0), (2, 0), (1, 0), (4, 1)]
     out = call(capsys, "list", "--out", str(tmp_path))[1]
-    assert "3 done, 1 begun, 5 to do core-hours N=1 ~" in out and "N=2 1.5, N=4 ~" in out
+    assert "3 done, 1 failed, 1 begun, 4 to do core-hours N=1 ~" in out and "N=2 1.5, N=4 ~" in out
     lines = []
     with patch.object(reproduce.subprocess, "run", return_value=SimpleNamespace(returncode=3)):
         codes = reproduce.reproduce("rule110", seeds=[1], jobs=1, out=tmp_path, say=lines.append)[1]
-    assert codes == [3, 3, 3] and len(lines) == 4
+        with patch.object(reproduce.torch.cuda, "is_available", return_value=True):
+            reproduce.reproduce("rule110", seeds=[1], out=tmp_path, say=lines.append)
+    assert codes == [3, 3, 3] and len(lines) == 8
     names = quick.name, f"{quick.name}-long"
-    rest = sum(reproduce.core_hours(sl.experiments.get(name), 1, tmp_path)[0] for name in names)
+    rest = sum(reproduce.core_hours(tmp_path)[name, 1][0] for name in names)
     left = rest + hours * 0.75  # of 800 steps 200 are done
+    left, rest = left / len(threads.cores()), rest / len(threads.cores())  # one run at a time has them all
     assert lines[0] == f"rule110-quick: 3 runs to make, 1 at a time, about {left:.1f} hours left"
     end = f"1 of 3: rule110-quick N=4 seed=1 stopped with code 3; about {rest:.1f} hours left"
     assert lines[1].endswith(end)
+    # What a run took on this CPU says nothing of a GPU.
+    assert lines[4] == "rule110-quick: 3 runs to make, 1 at a time, hours unknown"
     reproduce.reproduce("gsm_infinite", "ablation", out=tmp_path, jobs=1, say=lines.append)
-    assert lines[-1] == "gsm_infinite-ablation: 0 runs to make, 1 at a time, about 0.0 hours left"
+    assert lines[8] == "gsm_infinite-ablation: 0 runs to make, 1 at a time, about 0.0 hours left"
     with pytest.raises(ValueError, match="^scale: no task has presets called huge"):
         reproduce.reproduce("rule110", "huge")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"\xff" * 99, b"\x02" + bytes(7) + b"{}"])
+def test_a_damaged_checkpoint_does_not_stop_the_queue(capsys, tmp_path, content):
+    checkpoint = records.record_path("rule110-quick", 4, 0, tmp_path).with_suffix(".safetensors")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(content)
+    assert reproduce.runs_of(sl.experiments.get("rule110-quick"), tmp_path)[4, 0] == ("to do", 0)
+
+
+def test_an_installed_sleeplib_does_not_take_shipped_runs_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = sl.experiments.get("rule110-quick")
+    assert reproduce.runs_of(quick)[4, 0][0] == "done"
+    monkeypatch.setattr(records, "checkout", lambda: None)
+    assert {state for state, _ in reproduce.runs_of(quick).values()} == {"to do"}
 
 
 def test_sample_prints_windows_and_what_is_asked(capsys):

@@ -12,7 +12,10 @@ from sleeplib.intervals import STUDENT, Interval, paired_interval, proportion_er
 from sleeplib.scorecard import difference, judge, score
 
 RISES = dict(figure="0", claim="more is better", paper="-", kind="rises with passes", score="exact")
-RISES |= dict(runs=[{"presets": ["rule110-paper"]}, {"presets": ["rule110-quick"], "seeds": [0, 1, 2]}])
+RISES["runs"] = [
+    {"presets": ["rule110-paper"], "full": True},
+    {"presets": ["rule110-quick"], "seeds": [0, 1, 2]},
+]
 
 
 def record(preset, passes, seed, **final):
@@ -44,6 +47,7 @@ CASES = {
     "one step falls": ({1: 0.5, 2: 0.4, 4: 0.7}, "not", "not"),
     "the order is reversed": ({1: 0.7, 2: 0.6, 4: 0.5}, "not", "not"),
     "no difference": ({1: 0.5, 2: 0.5, 4: 0.5}, "not", "not"),
+    "two are learned alike": ({1: 0.5, 2: 0.9999, 4: 0.9997}, "reproduced", "partly"),
 }
 
 
@@ -53,9 +57,11 @@ def test_the_verdict_follows_from_paired_differences(tmp_path, case):
     assert judge(RISES, tmp_path)["verdict"] == "not run"
     noise = {1: (0, 0, 0), 2: NEAR, 4: (0.01, 0, 0.012)}
     if case == "no difference":
-        noise[4] = (0.001, 0, -0.001)
-        noise[2] = (0, 0.02, -0.02)
-    scores = {n: [x + shared + e for shared, e in zip((0, 0.1, -0.1), noise[n])] for n, x in means.items()}
+        noise = {1: (0, 0, 0), 2: (0, 0.02, -0.02), 4: (0.001, 0, -0.001)}
+    if case == "two are learned alike":
+        noise = {1: NEAR, 2: (0, 0, 0), 4: (0, 0, 0)}
+    shared = (0, 0, 0) if case == "two are learned alike" else (0, 0.1, -0.1)  # what pairing takes away
+    scores = {n: [x + s + e for s, e in zip(shared, noise[n])] for n, x in means.items()}
     save(tmp_path, "rule110-quick", scores)
     row = judge(RISES, tmp_path)
     assert row["verdict"] == small and row["seeds"] == "3"
@@ -78,14 +84,21 @@ def test_seeds_that_a_setting_was_chosen_on_do_not_count(tmp_path):
 def test_a_claim_about_depth_is_judged_without_sleep(tmp_path):
     claim = RISES | dict(kind="falls with task.steps")
     claim["runs"] = [{"presets": ["rule110-ablation-t2", "rule110-quick"]}]
-    save(tmp_path, "rule110-ablation-t2", {1: [0.9]})
-    save(
-        tmp_path, "rule110-quick", {1: [0.5], 4: [1.0]}
-    )  # with sleep the order is another; it does not count
+    save(tmp_path, "rule110-ablation-t2", {1: [0.9, 0.91, 0.89]})
+    # With sleep the order is another; it does not count.
+    save(tmp_path, "rule110-quick", {1: [0.5, 0.51, 0.5], 4: [1.0, 1.0, 1.0]})
     row = judge(claim, tmp_path)
-    assert row["verdict"] == "partly" and row["ours"] == "t = 2 0.900, t = 6 0.500"
-    # One seed each: all that is known is how far a sample of 4,096 may be off.
-    assert row["seeds"] == "1" and row["whole"].half == pytest.approx(1.96 * np.sqrt((0.09 + 0.25) / 4096))
+    assert row["verdict"] == "partly" and row["ours"] == "t = 2 0.900, t = 6 0.503"
+    assert row["steps"].startswith("2 to 6: -0.397 ± ")
+
+
+def test_a_single_seed_decides_nothing(tmp_path):
+    save(tmp_path, "rule110-paper", {1: [0.1], 4: [0.9]})
+    row = judge(RISES, tmp_path)
+    assert row["verdict"] == "open" and row["seeds"] == "1" and row["whole"].half == np.inf
+    # Of seeds that only one side has nothing is compared, where there is a shared one.
+    assert difference({0: 0.2, 1: 0.8}, {1: 0.7}).value == pytest.approx(-0.1)
+    assert difference({0: 0.2, 1: 0.4}, {2: 0.7}) == Interval(pytest.approx(0.4), np.inf, 0)
 
 
 def test_each_claim_has_its_own_measure():
@@ -100,9 +113,9 @@ def test_each_claim_has_its_own_measure():
     assert score(final, "exact") == 0.5
     assert score(final, {"learned": 0.6}) == 2  # eight hops without four are luck
     assert score(final, {"learned": 0.2}) == 4 and score(final, {"learned": 0.95}) == 0
-    assert score(final, "deep - shallow") == pytest.approx((0.3 + 0.65) / 2 - (0.9 + 0.7) / 2)
-    one, two = ({0: record("depo-quick", n, 0, **final)} for n in (1, 4))
-    assert difference(one, two, {"learned": 0.6}).sign == 0  # one seed decides nothing here
+    assert score(final, "deep") == pytest.approx((0.3 + 0.65) / 2)
+    # Three seeds that agree on a number of hops have not made it certain.
+    assert difference({0: 1, 1: 1, 2: 1}, {0: 2, 1: 2, 2: 2}).half == pytest.approx(1 / 3)
 
 
 def test_intervals_by_hand():

@@ -713,6 +713,14 @@ def test_bfloat16_trains_with_a_float32_state(monkeypatch):
     assert trainer.run(progress=False) == "done"
 
 
+def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.machine, "multiplies_bfloat16", lambda device: True)
+    train(tmp_path, tiny_experiment(precision="bfloat16"), stop_after=1)
+    monkeypatch.setattr(training.machine, "multiplies_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match="belongs to another run .differs in precision"):
+        train(tmp_path, tiny_experiment(precision="bfloat16"), resume=True)
+
+
 def test_bfloat16_keeps_the_kernels(monkeypatch):
     """On a CPU only products are bfloat16's: no slower form of a kernel runs in its place."""
 
