@@ -110,8 +110,8 @@ for base, rates in (
         about = f"{base}-quick with Muon's rate {rate}: one point of the sweep"
         parts = dict(passes=(1, 4), seeds=(0,))
         _vary(f"{base}-quick", f"{base}-rate-{rate}", {"train.muon_lr": rate}, about, **parts)
-about = "rule110-quick at the best rate without sleep: seeds 0 to 2 of the sweep, 3 to 5 of the comparison"
-_vary("rule110-rate-8e-3", "rule110-rate-8e-3", {}, about, passes=(1, 2, 4), seeds=(0, 3, 4, 5))
+about = "rule110-quick at the best rate without sleep: seeds 0 to 2 of the sweep, 3 to 8 of the comparison"
+_vary("rule110-rate-8e-3", "rule110-rate-8e-3", {}, about, passes=(1, 2, 4), seeds=(0, *range(3, 9)))
 about = "rule110-rate-8e-3 without sleep, run on for the training FLOPs of N = 4"
 settings = {"train.steps": 3387}
 _vary("rule110-rate-8e-3", "rule110-rate-8e-3-long", settings, about, passes=(1,), seeds=(3, 4, 5))
