@@ -55,7 +55,7 @@ def core_hours(out=None):
         work |= {(name, n): training_flops(e, n) * e.train.steps for n in e.passes}
         for r in records.load_records(name, out=out):
             known = r["status"] == "done" and str(r["device"]).rpartition(",")[0] == here
-            if known and r["config_hash"] in (None, e.config_hash()):
+            if known and r["config_hash"] == e.config_hash():
                 threads = int(re.search(r"(\d+) thread", r["device"])[1])
                 took.setdefault((name, r["passes"]), []).append(r["seconds"] * threads / 3600)
         for n in e.passes:

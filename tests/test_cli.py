@@ -52,6 +52,7 @@ def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, 
     quick, here = sl.experiments.get("rule110-quick"), records.processor().rpartition(",")[0]
     assert reproduce.core_hours(tmp_path) == {}
     done = dict.fromkeys(records.KEYS) | dict(preset=quick.name, passes=2, status="done", final={})
+    done["config_hash"] = quick.config_hash()
     for seed, seconds, device in (
         (0, 3600, f"{here}, 1 thread"),
         (1, 3600, f"{here}, 2 threads"),
