@@ -112,6 +112,8 @@ def awake_chunks(labels, window):
     """
     if labels.ndim != 2:
         raise ValueError(f"labels must have shape (B, T); got {tuple(labels.shape)}")
+    if labels.is_meta:
+        raise ValueError("labels on device meta hold no numbers, so say which chunks are awake")
     labelled = torch.stack([(c != IGNORE).any(dim=1) for c in labels.split(window, dim=1)], dim=1).cpu()
     awake = labelled.any(dim=0)
     if (labelled != awake).any():
@@ -177,6 +179,8 @@ def sleep_forward(
     token_tensor("labels", labels, model.vocab_size, IGNORE)
     if labels.shape != inputs.shape:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape of inputs {tuple(inputs.shape)}")
+    if labels.device.type != "cpu" and labels.device != inputs.device:
+        raise ValueError(f"labels are on {labels.device}, inputs on {inputs.device}; only the CPU may differ")
     awake = awake_chunks(labels, window) if awake is None else _check_awake(awake, labels, window)
     state = model.initial_state(inputs.shape[0]) if state is None else state
     key_window = window if eviction == "sliding" else None

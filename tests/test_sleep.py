@@ -9,6 +9,7 @@ from test_truths import count_blocks
 from tiny import VOCAB, WINDOW, close, labels_at, sequence, tiny_model, weights
 
 import sleeplib as sl
+from sleeplib.algorithm import awake_chunks
 
 L = WINDOW
 
@@ -29,6 +30,15 @@ def test_a_trailing_partial_window_without_labels_stays_open():
     out = sl.sleep_forward(model, tokens, torch.full_like(tokens, -100), window=L, passes=3)
     assert out.state.kv[0][0].shape[1] == L - 2  # read, not slept on, not evicted
     assert count_blocks(sl.sleep, model, tokens[:, L:], model.initial_state(2), passes=3) == 12 * (L - 2)
+
+
+def test_labels_without_numbers_are_refused():
+    model, tokens = tiny_model("ag"), sequence(L + 1)
+    labels = labels_at(tokens, [L])
+    with pytest.raises(ValueError, match="^labels are on meta, inputs on cpu"):
+        sl.sleep_forward(model, tokens, labels.to("meta"), window=L, awake=(False, True))
+    with pytest.raises(ValueError, match="^labels on device meta hold no numbers"):
+        awake_chunks(labels.to("meta"), L)
 
 
 def test_the_loss_is_the_mean_over_all_labels():
