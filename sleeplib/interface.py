@@ -105,7 +105,8 @@ class Sleepable:
                 raise ValueError(f"state has {len(field)} blocks, the model {depth}: not of this model")
         for S, kv, conv, _ in state.blocks():
             for x in (S, *(kv or ()), conv):
-                if x is not None and not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim):
-                    raise TypeError("state: its fields must hold floating-point tensors or None")
+                numbers = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim
+                if x is not None and not (numbers and x.layout is torch.strided):
+                    raise TypeError("state: its fields must hold dense floating-point tensors or None")
                 if x is not None and (len(x) != len(h) or x.device != h.device):
                     raise ValueError(f"state is not of {len(h)} rows on {h.device}, as the tokens are")

@@ -125,7 +125,7 @@ class LMState:
         Raises
         ------
         ValueError
-            If `eviction` is unknown or `window` below 1.
+            If `eviction` is unknown, `window` below 1, or cached keys and values are not of one length.
 
         Notes
         -----
@@ -142,6 +142,10 @@ class LMState:
         keep = integer("window", window, 1) - 1
         if self.kv is None:
             return self
+        for shapes in ([x.shape for x in pair] for pair in self.kv if pair):
+            if any(len(shape) < 2 or shape[:2] != shapes[0][:2] for shape in shapes):
+                found = [tuple(shape) for shape in shapes]
+                raise ValueError(f"state: cached keys and values must be (B, S, ...) both; got {found}")
         kv = tuple(pair and tuple(x[:, max(0, x.shape[1] - keep) :] for x in pair) for pair in self.kv)
         ages = self.key_ages and tuple(
             x if x is None else x[..., max(0, x.shape[-1] - keep) :] for x in self.key_ages

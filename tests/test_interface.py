@@ -214,6 +214,10 @@ STATES = {
         lambda: dataclasses.replace(read(), key_ages=(torch.arange(3, 0, -1), None, None, None)),
         "state: cached keys and values must be",
     ),
+    "a sparse context": (
+        lambda: dataclasses.replace(read(), conv=(None, read().conv[1].to_sparse(), None, read().conv[3])),
+        "state: its fields must hold dense",
+    ),
     "rows of two batches": (
         lambda: dataclasses.replace(read(), conv=tuple(c if c is None else c[:1] for c in read().conv)),
         "state is not of 2 rows",
@@ -221,6 +225,14 @@ STATES = {
     "None": (lambda: None, "state must be an LMState; got NoneType"),
     "a number": (lambda: 3, "state must be an LMState; got int"),
 }
+
+
+def test_keys_and_values_of_two_lengths_are_not_cut():
+    state = read()
+    for odd in (lambda v: v[:, 1:], lambda v: v.flatten()):
+        kv = tuple(pair and (pair[0], odd(pair[1])) for pair in state.kv)
+        with pytest.raises(ValueError, match="^state: cached keys and values must be"):
+            dataclasses.replace(state, kv=kv).evict("sliding", 3)
 
 
 @pytest.mark.parametrize("how", STATES)
