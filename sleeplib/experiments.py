@@ -42,7 +42,7 @@ class TrainConfig:
         bfloat16 runs matrix products under autocast where the device has instructions for them, and float32
         elsewhere; a record says which ran.  Sums, and the fast weight, are float32's in both.
     graph : bool
-        On CUDA, capture forward and backward as one CUDA graph.
+        On CUDA, compile the blocks, and capture forward and backward as one CUDA graph.
     eval_every, save_every : int
         Steps between evaluations on held-out data, and between checkpoints.
     eval_batch : int

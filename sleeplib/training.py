@@ -167,7 +167,9 @@ class Trainer:
         if train.graph and self.device.type == "cuda" and self.micro_batches == 1:
             if self.graph is None or self.captured != train.eviction_at(self.step):
                 self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
-                self.graph = machine.CapturedStep(self.loss, self.model.parameters(), batch, self.device)
+                with machine.compiled_blocks(self.model):
+                    parts = self.loss, self.model.parameters(), batch, self.device
+                    self.graph = machine.CapturedStep(*parts)
             return self.graph(batch)
         self.model.zero_grad()
         total, asked = 0.0, (batch.labels != IGNORE).sum().item()
