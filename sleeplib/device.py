@@ -74,7 +74,7 @@ def compiled_blocks(model):
     with torch._dynamo.config.patch(recompile_limit=64):
         try:
             for layer in model.layers:
-                layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+                layer.forward = torch.compile(layer.forward, dynamic=False)
             yield
         finally:
             for layer in model.layers:

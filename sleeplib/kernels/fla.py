@@ -17,4 +17,4 @@ def recurrence(q, k, v, g, beta, S, scale, delta):
     options = dict(g=g, scale=scale, initial_state=S, output_final_state=True)
     if delta:
         return chunk_gated_delta_rule(q, k, v, beta=beta, **options)
-    return chunk_simple_gla(q, k, v * beta.unsqueeze(-1), **options)
+    return chunk_simple_gla(q, k, (v * beta.unsqueeze(-1)).to(v.dtype), **options)
