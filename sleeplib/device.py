@@ -59,9 +59,9 @@ class CapturedStep:
 
 @contextmanager
 def compiled_blocks(model):
-    """Let PyTorch's compiler fuse what the blocks of a model do between their matrix products, within `with`.
+    """Let PyTorch's compiler fuse what a model's blocks do between their matrix products, within `with`.
 
-    On a GPU every small operation reads and writes all of its tensors, and that takes longer than the products.
+    On a GPU every small operation reads and writes all of its tensors, which takes longer than the products.
     What a :class:`CapturedStep` captured meanwhile stays fused; whoever calls the model later finds it as it
     was, so that scores need no second compilation.  Without Triton nothing is fused.
 

@@ -48,6 +48,14 @@ about = "the paper's model and rings at t = 12, 80 M tokens; one GPU; smaller th
 settings |= {"task.steps": 12, "train.steps": 1600, "train.decay": 320, "train.eval_every": 50}
 _vary("rule110-paper", "rule110-small", settings, about, passes=(1, 2, 4), seeds=(0, 1, 2))
 
+for t in (8, 10, 12, 14, 16):
+    about = f"Figure 2b's question at t = {t}: the paper's model and rings, 80 million tokens"
+    name, parts = f"rule110-paper-2b-t{t}", dict(passes=(1, 2, 4), seeds=(0, 1, 2))
+    settings = {"task.steps": t, "train.steps": 1600, "train.eval_every": 20, "train.save_every": 200}
+    _vary("rule110-paper", name, settings, about, **parts)
+    about = f"{name} without sleep, run on for the training FLOPs of N = 4"
+    _vary(name, f"{name}-long", {"train.steps": 7102}, about, passes=(1,), seeds=(0,))
+
 task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2, fewest=5)
 about = "5 nodes, 4 hops, 2 windows, width 64; minutes on two CPU cores; smaller than the paper's"
 _add("depo-quick", task, TrainConfig(steps=1500, batch=128, adamw_lr=1e-3), about)
@@ -110,8 +118,14 @@ for base, rates in (
         about = f"{base}-quick with Muon's rate {rate}: one point of the sweep"
         parts = dict(passes=(1, 4), seeds=(0,))
         _vary(f"{base}-quick", f"{base}-rate-{rate}", {"train.muon_lr": rate}, about, **parts)
-about = "rule110-quick at the best rate without sleep: seeds 0 to 2 of the sweep, 3 to 8 of the comparison"
-_vary("rule110-rate-8e-3", "rule110-rate-8e-3", {}, about, passes=(1, 2, 4), seeds=(0, *range(3, 9)))
-about = "rule110-rate-8e-3 without sleep, run on for the training FLOPs of N = 4"
-settings = {"train.steps": 3387}
-_vary("rule110-rate-8e-3", "rule110-rate-8e-3-long", settings, about, passes=(1,), seeds=(3, 4, 5))
+for base, steps, decay in (("rule110", 3387, 0), ("depo", 3497, 0), ("gsm_infinite", 1791, 672)):
+    about = f"{base}-quick at the best rate without sleep: seeds 0 to 2 of the sweep, then the comparison"
+    seeds = (0, *range(3, 9)) if base == "rule110" else tuple(range(6))
+    name, parts = f"{base}-rate-8e-3", dict(passes=(1, 2, 4), seeds=seeds)
+    _vary(name, name, {}, about, **parts)
+    about = f"{name} without sleep, run on for the training FLOPs of N = 4"
+    settings, parts = {"train.steps": steps, "train.decay": decay}, dict(passes=(1,), seeds=(3, 4, 5))
+    _vary(name, f"{name}-long", settings, about, **parts)
+about = "rule110-rate-8e-3 in bfloat16, where the processor has it: does it train alike?"
+settings, parts = {"train.precision": "bfloat16"}, dict(passes=(1, 4), seeds=(3, 4, 5))
+_vary("rule110-rate-8e-3", "rule110-rate-8e-3-bfloat16", settings, about, **parts)
