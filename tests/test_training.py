@@ -851,10 +851,12 @@ def test_a_step_on_cuda_is_the_step_on_the_cpu():
 @pytest.mark.cuda
 def test_a_captured_step_is_the_eager_one():
     trainers = [sl.Trainer(tiny_experiment(graph=graph, steps=6), 3, 0, "cuda") for graph in (False, True)]
-    for trainer in trainers:
-        assert trainer.run(progress=False) == "done"
+    batch = training.training_batch(trainers[0].experiment.task, trainers[0].experiment.train, 0, 0)
+    close(*(trainer.forward_backward(batch).cpu() for trainer in trainers))
     eager, captured = trainers
-    assert captured.graph is not None and eager.graph is None
     for (name, a), (_, b) in zip(eager.model.named_parameters(), captured.model.named_parameters()):
-        close(b.cpu(), a.cpu(), what=name)
-    assert captured.curve[-1]["loss"] == pytest.approx(eager.curve[-1]["loss"], rel=1e-4)
+        close(b.grad.cpu(), a.grad.cpu(), what=name)
+    for trainer in trainers:  # Muon rounds to bfloat16: from here on they go apart by as much
+        assert trainer.run(progress=False) == "done"
+    assert captured.graph is not None and eager.graph is None
+    assert captured.curve[-1]["loss"] == pytest.approx(eager.curve[-1]["loss"], rel=1e-3)
