@@ -107,24 +107,25 @@ train = dataclasses.replace(train, checkpoint=True, precision="bfloat16")
 about = "the lengths, operations and rates of Figure 4, but from scratch: not its pretrained models"
 _add("gsm_infinite-paper", GSMInfinite(), train, about, seeds=(0,), d_model=256, pattern="ajaj")
 
-# The sweep of Muon's rate.  For rule110 and depo its point at 2e-3 is the -quick preset itself.
-for base, rates in (
-    ("rule110", ("1e-3", "4e-3", "8e-3", "1.6e-2")),
-    ("depo", ("1e-3", "4e-3", "8e-3", "1.6e-2")),
-    ("gsm_infinite", ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")),
-):
+# The sweep of Muon's rate.  For rule110 and depo its point at 2e-3 is the -quick preset itself.  Where a
+# comparison is made too, on seeds from 3 on, there are more passes and seeds, and a run for equal operations.
+rates = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
+compared = {"rule110-rate-8e-3": (0, *range(3, 9))}
+compared |= dict.fromkeys(("depo-rate-4e-3", "depo-rate-8e-3", "gsm_infinite-rate-8e-3"), tuple(range(6)))
+equal = {"rule110": (3387, 0), "depo": (3497, 0), "gsm_infinite": (1791, 672)}  # steps, decay
+for base in equal:
     for rate in rates:
-        about = f"{base}-quick with Muon's rate {rate}: one point of the sweep"
+        name, about = f"{base}-rate-{rate}", f"{base}-quick with Muon's rate {rate}: one point of the sweep"
+        if PRESETS[f"{base}-quick"].train.muon_lr == float(rate):
+            continue
         parts = dict(passes=(1, 4), seeds=(0,))
-        _vary(f"{base}-quick", f"{base}-rate-{rate}", {"train.muon_lr": rate}, about, **parts)
-for base, steps, decay in (("rule110", 3387, 0), ("depo", 3497, 0), ("gsm_infinite", 1791, 672)):
-    about = f"{base}-quick at the best rate without sleep: seeds 0 to 2 of the sweep, then the comparison"
-    seeds = (0, *range(3, 9)) if base == "rule110" else tuple(range(6))
-    name, parts = f"{base}-rate-8e-3", dict(passes=(1, 2, 4), seeds=seeds)
-    _vary(name, name, {}, about, **parts)
-    about = f"{name} without sleep, run on for the training FLOPs of N = 4"
-    settings, parts = {"train.steps": steps, "train.decay": decay}, dict(passes=(1,), seeds=(3, 4, 5))
-    _vary(name, f"{name}-long", settings, about, **parts)
+        if name in compared:
+            parts, about = dict(passes=(1, 2, 4), seeds=compared[name]), f"{about}, and a comparison"
+        _vary(f"{base}-quick", name, {"train.muon_lr": rate}, about, **parts)
+    settings = dict(zip(("train.steps", "train.decay"), equal[base]))
+    about = f"{base}-rate-8e-3 without sleep, run on for the training FLOPs of N = 4"
+    name, parts = f"{base}-rate-8e-3-long", dict(passes=(1,), seeds=(3, 4, 5))
+    _vary(f"{base}-rate-8e-3", name, settings, about, **parts)
 about = "rule110-rate-8e-3 in bfloat16, where the processor has it: does it train alike?"
 settings, parts = {"train.precision": "bfloat16"}, dict(passes=(1, 4), seeds=(3, 4, 5))
 _vary("rule110-rate-8e-3", "rule110-rate-8e-3-bfloat16", settings, about, **parts)

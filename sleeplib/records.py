@@ -166,6 +166,18 @@ def load_records(preset, passes=None, out=None):
     return [r for r in records if passes in (None, r["passes"])]
 
 
+def final_scores(preset, passes, seeds=None, out=None, key="exact"):
+    """Final score of every finished run of a preset with this N, ``{seed: score}``.
+
+    `seeds` are the ones wanted, all if absent; `key` names a metric of the records; `out` is as in
+    :func:`load_records`.
+
+    Chapter: 11_rule110
+    """
+    runs = [r for r in load_records(preset, passes, out) if r["status"] == "done"]
+    return {r["seed"]: r["final"][key] for r in runs if seeds is None or r["seed"] in seeds}
+
+
 def versions():
     """Versions of what a run depends on."""
     found = {"python": platform.python_version()} | dict.fromkeys(LIBRARIES, "not installed")

@@ -168,8 +168,8 @@ class Trainer:
             if self.graph is None or self.captured != train.eviction_at(self.step):
                 self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
                 with machine.compiled_blocks(self.model):
-                    parts = self.loss, self.model.parameters(), batch, self.device
-                    self.graph = machine.CapturedStep(*parts)
+                    own = self.model.parameters()
+                    self.graph = machine.CapturedStep(self.loss, own, batch, self.device)
             return self.graph(batch)
         self.model.zero_grad()
         total, asked = 0.0, (batch.labels != IGNORE).sum().item()

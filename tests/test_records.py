@@ -57,6 +57,16 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, content):
         sl.load_records("p", out=tmp_path)
 
 
+def test_final_scores_are_those_of_finished_runs(tmp_path):
+    for seed, status in ((0, "done"), (1, "stopped after step 3"), (2, "done")):
+        records.save_record(
+            record(seed=seed, status=status, final={"exact": seed / 4, "token": 1.0}), out=tmp_path
+        )
+    assert records.final_scores("p", 1, out=tmp_path) == {0: 0.0, 2: 0.5}
+    assert records.final_scores("p", 1, (1, 2), tmp_path, key="token") == {2: 1.0}
+    assert records.final_scores("p", 2, out=tmp_path) == {}
+
+
 def refuse(code):
     return OSError(code, os.strerror(code))
 

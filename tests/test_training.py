@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -829,6 +830,29 @@ def test_a_step_is_captured_on_its_own_device_and_takes_its_own_shape(monkeypatc
     assert {where for _, where in fake.used} == {"cuda:1"} and fake.current == "cuda:0"
     with pytest.raises(ValueError, match=r"batch: inputs \(1, 3\), captured with \(4, 3\)"):
         step(sl.tasks.Batch(batch.inputs[:1], batch.labels))
+
+
+def test_blocks_are_compiled_whole_and_left_as_they_were(monkeypatch):
+    """Only traced, and run as they are: without a GPU there is nothing to fuse for."""
+    trainer, graphs = sl.Trainer(tiny_experiment(), 3, 0, "cpu"), []
+    batch = trainer.next_batch()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(training.machine, "find_spec", lambda name: name == "triton")
+    plain = trainer.loss(batch.inputs, batch.labels)
+    with training.machine.compiled_blocks(trainer.model):
+        loss = trainer.loss(batch.inputs, batch.labels)
+    close(loss, plain)
+    assert len(graphs) >= 2  # one a kind of block, or more
+    seen = len(graphs)
+    assert trainer.loss(batch.inputs, batch.labels) == plain and len(graphs) == seen
+    monkeypatch.setattr(training.machine, "find_spec", lambda name: None)
+    with training.machine.compiled_blocks(trainer.model):
+        assert trainer.loss(batch.inputs, batch.labels) == plain and len(graphs) == seen
 
 
 # On a GPU
