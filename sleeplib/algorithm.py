@@ -1,12 +1,14 @@
 """Algorithm 1: repeated offline passes over a window, just before its cache is dropped."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import integer, token_tensor
+from .interface import Sleepable
 from .state import LMState, check_eviction
 
 IGNORE = -100  # the label of a position where nothing is asked
@@ -72,11 +74,16 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
     check_model(model)
     passes = check_passes(passes)
     check_eviction(eviction)
-    h = model.embed(tokens)
-    window = h.shape[1] if window is None and eviction == "sliding" else window
-    passes = passes if model.has_fast_weights else 1
-    _, state = model.blocks(h, state, passes=passes, window=window, write_only=True)
-    return state.evict(eviction, window)
+    if window is None and eviction == "sliding":
+        token_tensor("tokens", tokens, model.vocab_size)
+        window = tokens.shape[1]
+    state = _act(model, "consolidate")(tokens, state, passes, window)
+    return _act(model, "evict")(state, eviction, window)
+
+
+def _act(model, name):
+    """What a model does asleep, awake or at a window's end: its own way, or that of every Sleepable."""
+    return getattr(model, name, None) or partial(getattr(Sleepable, name), model)
 
 
 @dataclass(frozen=True)
@@ -189,8 +196,7 @@ def sleep_forward(
         return sleep(model, tokens, state, passes, eviction, key_window)
 
     def predict(tokens, state):
-        h, state = model.blocks(model.embed(tokens), state, window=key_window)
-        return model.readout(h), state
+        return _act(model, "predict")(tokens, state, passes, key_window)
 
     def step(f, *args):
         return recompute(f, *args, use_reentrant=False, preserve_rng_state=False) if checkpoint else f(*args)
@@ -201,7 +207,7 @@ def sleep_forward(
         logits = None
         if asked:
             logits, state = step(predict, tokens, state)
-            state = state.evict(eviction, window)
+            state = _act(model, "evict")(state, eviction, window)
             wide = torch.promote_types(torch.float32, logits.dtype)
             flat = logits.flatten(0, 1).to(wide), targets.flatten()
             total = total + F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")

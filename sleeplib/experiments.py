@@ -112,6 +112,7 @@ class Experiment:
     task : Rule110
         Any task of :mod:`sleeplib.tasks`, or a frozen dataclass of your own that passes ``check_task``.
     model : ModelConfig
+        Or the settings of a rival of sleep, see :mod:`sleeplib.baselines`.
     train : TrainConfig
     passes, seeds : tuple of int
         The N that are compared, the seeds of the recorded runs.
@@ -142,6 +143,8 @@ class Experiment:
         parts = {name: dataclasses.asdict(getattr(self, name)) for name in ("task", "model", "train")}
         kind = next((name for name, cls in TASKS.items() if cls is task), own)
         parts["task"] = {"kind": kind} | parts["task"]
+        if type(self.model) is not ModelConfig:  # a rival of sleeplib.baselines
+            parts["model"] = {"kind": type(self.model).__name__} | parts["model"]
         try:
             return json.loads(json.dumps(parts, allow_nan=False))  # tuples become lists, as in a file
         except (TypeError, ValueError) as error:

@@ -14,6 +14,9 @@ class Sleepable:
     ``readout(h)`` maps h to logits (B, T, vocab).  Running passes over the blocks is provided here, once.
     Nothing in :func:`sleep`, :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
 
+    Algorithm 1 asks three things of a window: ``consolidate`` (asleep), ``predict`` (awake) and ``evict`` (at
+    its end).  What they do here is sleep; :mod:`sleeplib.baselines` has models that do something else.
+
     Attributes
     ----------
     layers : sequence of callable
@@ -87,6 +90,20 @@ class Sleepable:
         position = state.position + h.shape[1]
         h, memories = self.run(h, state.blocks(), self.order(passes), window, write_only)
         return h, LMState.from_blocks(memories, position)
+
+    def consolidate(self, tokens, state, passes, window=None):
+        """Asleep: read tokens (B, T) in N `passes`, equation (6), and give the state that remains."""
+        passes = passes if self.has_fast_weights else 1
+        return self.blocks(self.embed(tokens), state, passes=passes, window=window, write_only=True)[1]
+
+    def predict(self, tokens, state, passes, window=None):
+        """Awake: read tokens (B, T) in one pass, whatever N is: logits (B, T, vocab) and the next state."""
+        h, state = self.blocks(self.embed(tokens), state, window=window)
+        return self.readout(h), state
+
+    def evict(self, state, eviction="hard", window=None):
+        """Drop the cache at a window's end, see :meth:`LMState.evict`."""
+        return state.evict(eviction, window)
 
     def check_h(self, h):
         """Raise an error unless h is a float tensor (B, T, D) of the model's width, precision and device."""

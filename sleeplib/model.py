@@ -104,6 +104,10 @@ class ModelConfig:
         """Hidden width of a feed-forward layer."""
         return self.mlp_size or -(-8 * self.d_model // 48) * 16
 
+    def build(self):
+        """Make the model, with weights as they are before training."""
+        return HybridLM(self)
+
 
 class Block(nn.Module):
     """Pre-norm mixer and pre-norm feed-forward layer, each with a residual connection.
@@ -145,6 +149,8 @@ class HybridLM(Sleepable, nn.Module):
 
     Chapter: 06_hybrid
     """
+
+    config_class = ModelConfig
 
     def __init__(self, config):
         super().__init__()
@@ -217,9 +223,11 @@ class HybridLM(Sleepable, nn.Module):
             if not file.is_file():
                 raise FileNotFoundError(f"folder: {file} is missing; not a checkpoint of HybridLM.save")
         try:
-            model = cls(ModelConfig(**json.loads(config_file.read_text())))
+            model = cls(cls.config_class(**json.loads(config_file.read_text())))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"folder: {config_file} is not a ModelConfig: {error}") from error
+            raise ValueError(
+                f"folder: {config_file} is not a {cls.config_class.__name__}: {error}"
+            ) from error
         try:
             weights = load_file(weights_file)
         except SafetensorError as error:

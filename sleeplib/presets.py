@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from .baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
 from .experiments import PRESETS, Experiment, TrainConfig
 from .model import ModelConfig
 from .tasks import Depo, GSMInfinite, Rule110
@@ -129,3 +130,52 @@ for base in equal:
 about = "rule110-rate-8e-3 in bfloat16, where the processor has it: does it train alike?"
 settings, parts = {"train.precision": "bfloat16"}, dict(passes=(1, 4), seeds=(3, 4, 5))
 _vary("rule110-rate-8e-3", "rule110-rate-8e-3-bfloat16", settings, about, **parts)
+
+# The rivals of sleep (chapter 15), each with the settings that differ and the N that it is run with.  Muon's
+# rate is swept on seed 0; the comparison is made on seeds from 3 on, at the best rate of each.
+keys, looped, state = dict(pattern="aaaa"), (4,), dict(key_size=16, value_size=32)
+rivals = {
+    "recent2": (PruneConfig, keys | dict(keep=2), (1,), "the newest 2 tokens kept word for word"),
+    "recent4": (PruneConfig, keys | dict(keep=4), (1,), "the newest 4 tokens kept word for word"),
+    "recent8": (PruneConfig, keys | dict(keep=8), (1,), "the newest 8 tokens kept word for word"),
+    "recent16": (PruneConfig, keys | dict(keep=16), (1,), "the newest 16 tokens kept word for word"),
+    "sinks8": (PruneConfig, keys | dict(keep=8, sinks=4), (1,), "4 sinks and the newest 4 tokens kept"),
+    "heavy8": (PruneConfig, keys | dict(keep=8, how="heavy"), (1,), "the newest 4 and 4 heavy hitters kept"),
+    "full": (PruneConfig, keys, (1,), "full attention over everything: the ceiling"),
+    "hybrid8": (PruneConfig, dict(keep=8), (1, 4), "fast weights and the newest 8 tokens"),
+    "ttt": (TTTConfig, keys, (1, 8), "an MLP that learns each window in N gradient steps"),
+    "ttt-small": (TTTConfig, keys | dict(fast_size=21), (8,), "such an MLP of as many bytes as S"),
+    "rewrite": (PassesConfig, dict(how="rewrite"), looped, "each block writes N times, h read once"),
+    "replay": (PassesConfig, dict(how="replay"), looped, "N passes, h not fed back"),
+    "frozen": (PassesConfig, dict(how="frozen"), looped, "N passes, S written in the last alone"),
+    "awake": (PassesConfig, dict(how="awake"), looped, "N passes over the question, none asleep"),
+    "awake-cache": (PassesConfig, keys | dict(how="awake-cache"), looped, "the same, with the whole cache"),
+    "untied": (UntiedConfig, {}, looped, "passes with weights of their own"),
+    "deep": (ModelConfig, dict(pattern="ag" * 8), (1,), "no sleep, four times as deep"),
+    "wide": (
+        ModelConfig,
+        dict(d_model=152, mlp_size=304, key_size=16, value_size=32),
+        (1,),
+        "no sleep, wide",
+    ),
+    "state": (ModelConfig, dict(key_size=8, value_size=16), (1, 4), "fast weights of a quarter of the size"),
+}
+against = {"rule110": ("rule110-quick", tuple(rivals)), "depo": ("depo-ablation-ring8", ())}
+known = {"deep": "rule110-ablation-deep", "state": "rule110-ablation-state"}  # points at 2e-3, made before
+chosen = {}  # "<task>-<arm>": the rate of the comparison, once the sweep is done
+SWEEPS = {}  # "<task>-<arm>": {rate: preset}
+for task, (base, arms) in against.items():
+    plain = PRESETS[base].model
+    plain = {name: getattr(plain, name) for name in ("vocab_size", "d_model", "num_heads", "mlp_size")}
+    for arm in arms:
+        kind, settings, passes, about = rivals[arm]
+        sweep = SWEEPS[f"{task}-{arm}"] = {}
+        for rate in ("2e-3", "4e-3", "8e-3"):
+            name = known[arm] if rate == "2e-3" and arm in known else f"{task}-rival-{arm}-{rate}"
+            sweep[rate] = name
+            seeds = (0, 3, 4, 5) if chosen.get(f"{task}-{arm}") == rate else (0,)
+            if name in PRESETS:
+                PRESETS[name] = dataclasses.replace(PRESETS[name], seeds=(0, 1, 2, *seeds[1:]))
+                continue
+            parts = dict(model=kind(**plain | settings), passes=passes, seeds=seeds)
+            _vary(base, name, {"train.muon_lr": rate}, f"{base}, {about}; Muon's rate {rate}", **parts)

@@ -17,7 +17,6 @@ from .algorithm import awake_chunks, sleep_forward
 from .checks import integer
 from .evaluation import evaluate, held_out
 from .experiments import get
-from .model import HybridLM
 from .muon import Muon
 from .tasks import TASKS, stream
 from .tasks.base import IGNORE
@@ -25,6 +24,7 @@ from .tasks.check import check_task
 from .threads import cores
 
 DATA = 0  # the stream of random numbers of training data; it does not depend on N
+OUTER = ("embedding.", "head.")  # matrices that Muon leaves to AdamW
 SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and AdamW keep of a parameter
 
 
@@ -35,7 +35,7 @@ def make_optimizers(model, train):
     """
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        hidden = p.ndim == 2 and name.startswith("layers.") and not name.endswith("conv.weight")
+        hidden = p.ndim == 2 and not name.startswith(OUTER) and not name.endswith("conv.weight")
         (matrices if hidden else rest).append(p)
     decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
     muon = Muon(matrices, lr=train.muon_lr, momentum=0.95, weight_decay=train.weight_decay)
@@ -120,7 +120,7 @@ class Trainer:
             raise ValueError(f"model.vocab_size is {found}; the task has {task.vocab_size} tokens")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            self.model = HybridLM(experiment.model).to(self.device)
+            self.model = experiment.model.build().to(self.device)
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
