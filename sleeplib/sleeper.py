@@ -6,6 +6,7 @@ import torch
 
 from .algorithm import check_model, check_passes
 from .checks import integer
+from .interface import Sleepable
 from .state import LMState, check_eviction, storage_bytes
 
 
@@ -49,6 +50,11 @@ class Sleeper:
         check_model(model)
         if not hasattr(model, "run"):
             raise TypeError(f"model: {type(model).__name__} cannot stream, it lacks run; see Sleepable")
+        for name in ("consolidate", "predict", "evict"):
+            if getattr(type(model), name, own := getattr(Sleepable, name)) is not own:
+                raise TypeError(
+                    f"model: {type(model).__name__} cannot stream, it has a way to {name} of its own"
+                )
         check_eviction(eviction)
         self.model = model
         # Fixed: what was read of a window was read with these in mind.
