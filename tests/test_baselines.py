@@ -313,7 +313,7 @@ def test_test_time_training_is_trained_through_its_steps():
 
 
 def test_its_loss_carries_no_signal_on_rule_110_and_some_on_depo():
-    """Rule 110's bits are fair coins: nothing predicts the next.  In Depo it is an edge's end: what is asked."""
+    """Rule 110's bits are fair coins: none predicts the next.  In Depo it is an edge's end, as asked."""
     cells = sl.tasks.Rule110(12, 2, 6).batch(20_000, np.random.default_rng(0)).inputs[:, :12]
     share = (cells[:, 1:] == cells[:, :-1]).float().mean(0)
     assert ((share - 0.5).abs() < 0.02).all()
