@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE ?= 1
 SCALE ?= quick
-TASKS ?= rule110 depo gsm_infinite
+TASKS ?= rule110 depo gsm_infinite recall
 WORKERS ?= 2
 
 PY := .venv/bin/python

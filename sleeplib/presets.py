@@ -5,7 +5,7 @@ import dataclasses
 from .baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
 from .experiments import PRESETS, Experiment, TrainConfig
 from .model import ModelConfig
-from .tasks import Depo, GSMInfinite, Rule110
+from .tasks import Depo, GSMInfinite, Recall, Rule110
 
 
 def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model):
@@ -107,6 +107,18 @@ train = TrainConfig(steps=6000, batch=256, muon_lr=1e-3, decay=1200, eval_batch=
 train = dataclasses.replace(train, checkpoint=True, precision="bfloat16")
 about = "the lengths, operations and rates of Figure 4, but from scratch: not its pretrained models"
 _add("gsm_infinite-paper", GSMInfinite(), train, about, seeds=(0,), d_model=256, pattern="ajaj")
+
+about = "pairs to remember over 8 naps, width 64; minutes on one CPU core; not a task of the paper"
+train = TrainConfig(steps=1500, batch=64, muon_lr=4e-3, adamw_lr=3e-3)
+_add("recall-quick", Recall(), train, about, passes=(1, 4))
+for name, settings, about in (
+    ("hebbian", {"model.pattern": "ahah"}, ", fast weights written by the Hebbian rule"),
+    ("state", {"model.key_size": 8, "model.value_size": 16}, " with fast weights of a quarter of the size"),
+):
+    _vary("recall-quick", f"recall-ablation-{name}", settings, f"recall-quick{about}", passes=(1,))
+model = PruneConfig(pattern="aaaa", keep=8, vocab_size=Recall().vocab_size, mlp_size=128)
+about = "recall-quick, the newest 8 tokens kept word for word: the bytes of its fast weights"
+_vary("recall-quick", "recall-ablation-recent8", {}, about, model=model, passes=(1,))
 
 # The sweep of Muon's rate.  For rule110 and depo its point at 2e-3 is the -quick preset itself.  Where a
 # comparison is made too, on seeds from 3 on, there are more passes and seeds, and a run for equal operations.

@@ -1,13 +1,14 @@
-"""The three tasks of the paper: what is read, what is asked, and an independent solver for each."""
+"""The tasks of the paper and one of memory alone: what is read, what is asked, an independent solver."""
 
 from .base import Batch, Task, score
 from .depo import Depo
 from .gsm_infinite import GSMInfinite, Problem, solve_text
 from .loader import stream
+from .recall import Recall
 from .rollouts import khop_walk, rule110_history, rule110_rollout
 from .rule110 import Rule110
 
-TASKS = {"rule110": Rule110, "depo": Depo, "gsm_infinite": GSMInfinite}
+TASKS = {"rule110": Rule110, "depo": Depo, "gsm_infinite": GSMInfinite, "recall": Recall}
 
 __all__ = [
     "TASKS",
@@ -15,6 +16,7 @@ __all__ = [
     "Depo",
     "GSMInfinite",
     "Problem",
+    "Recall",
     "Rule110",
     "Task",
     "khop_walk",
