@@ -5,7 +5,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .algorithm import awake_chunks, sleep_forward
 from .experiments import get
@@ -62,6 +61,8 @@ def counted_flops(experiment, passes):
 
 @lru_cache
 def _counted(task, config, passes):
+    from torch.utils.flop_counter import FlopCounterMode  # loads half of PyTorch's compiler
+
     model, batch = _fresh(task, config)
     with use_numba(False), FlopCounterMode(display=False) as counter:
         sleep_forward(model, *batch[:2], window=task.window, passes=passes).loss.backward()

@@ -17,6 +17,7 @@ from .checkpoints import steps_done
 from .checks import integer
 from .experiments import PRESETS
 from .flops import training_flops
+from .model import ModelConfig
 from .tasks import TASKS
 from .threads import cores
 
@@ -45,28 +46,27 @@ def core_hours(out=None):
     """What each run takes on this processor: ``{(preset, N): (core-hours, whether measured)}``.
 
     Measured is the median of the finished runs of this preset and N.  Where there are none, it is what the
-    run's operations take at the median speed of the task's runs that were finished here; a task without any
-    is left out, and everything where there is a GPU.
+    run's operations take at the median speed of the task's runs that were finished here; left out are a task
+    without any, a rival of sleep, and everything where there is a GPU.
     """
     here, took, speeds, work = records.processor().rpartition(",")[0], {}, {}, {}
     if torch.cuda.is_available():
         return {}
     for name, e in PRESETS.items():
-        work |= {(name, n): training_flops(e, n) * e.train.steps for n in e.passes}
+        if type(e.model) is ModelConfig:  # counting a rival's operations means running it
+            work |= {(name, n): training_flops(e, n) * e.train.steps for n in e.passes}
         for r in records.load_records(name, out=out):
             known = r["status"] == "done" and str(r["device"]).rpartition(",")[0] == here
             if known and r["config_hash"] == e.config_hash():
                 threads = int(re.search(r"(\d+) thread", r["device"])[1])
                 took.setdefault((name, r["passes"]), []).append(r["seconds"] * threads / 3600)
         for n in e.passes:
-            speeds.setdefault(type(e.task), []).extend(work[name, n] / h for h in took.get((name, n), ()))
-    costs = {}
-    for name, n in work:
-        speed = speeds[type(PRESETS[name].task)]
-        if (name, n) in took:
-            costs[name, n] = median(took[name, n]), True
-        elif speed:
-            costs[name, n] = work[name, n] / median(speed), False
+            hours = took.get((name, n), ()) if (name, n) in work else ()
+            speeds.setdefault(type(e.task), []).extend(work[name, n] / h for h in hours)
+    costs = {key: (median(hours), True) for key, hours in took.items()}
+    for key in work.keys() - took.keys():
+        if speed := speeds[type(PRESETS[key[0]].task)]:
+            costs[key] = work[key] / median(speed), False
     return costs
 
 
