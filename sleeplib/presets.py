@@ -139,6 +139,9 @@ for base in equal:
     about = f"{base}-rate-8e-3 without sleep, run on for the training FLOPs of N = 4"
     name, parts = f"{base}-rate-8e-3-long", dict(passes=(1,), seeds=(3, 4, 5))
     _vary(f"{base}-rate-8e-3", name, settings, about, **parts)
+about = "gsm_infinite-rate-8e-3, the question after the context"
+settings, parts = {"task.question_first": False}, dict(passes=(1, 4), seeds=(3, 4, 5))
+_vary("gsm_infinite-rate-8e-3", "gsm_infinite-ablation-last", settings, about, **parts)
 about = "rule110-rate-8e-3 in bfloat16, where the processor has it: does it train alike?"
 settings, parts = {"train.precision": "bfloat16"}, dict(passes=(1, 4), seeds=(3, 4, 5))
 _vary("rule110-rate-8e-3", "rule110-rate-8e-3-bfloat16", settings, about, **parts)
@@ -172,8 +175,11 @@ rivals = {
     ),
     "state": (ModelConfig, dict(key_size=8, value_size=16), (1, 4), "fast weights of a quarter of the size"),
 }
-against = {"rule110": ("rule110-quick", tuple(rivals)), "depo": ("depo-ablation-ring8", ())}
-known = {"deep": "rule110-ablation-deep", "state": "rule110-ablation-state"}  # points at 2e-3, made before
+both = ("recent8", "heavy8", "full", "ttt", "rewrite", "replay", "frozen", "awake-cache")
+against = {"rule110": ("rule110-quick", tuple(rivals)), "depo": ("depo-ablation-ring8", ("sleep", *both))}
+rivals["sleep"] = (ModelConfig, {}, (1, 4), "itself")
+known = {"rule110-deep-2e-3": "rule110-ablation-deep", "rule110-state-2e-3": "rule110-ablation-state"}
+known["depo-sleep-4e-3"] = "depo-ablation-ring8"  # points of a sweep that were made before
 chosen = {}  # "<task>-<arm>": the rate of the comparison, once the sweep is done
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
@@ -183,7 +189,7 @@ for task, (base, arms) in against.items():
         kind, settings, passes, about = rivals[arm]
         sweep = SWEEPS[f"{task}-{arm}"] = {}
         for rate in ("2e-3", "4e-3", "8e-3"):
-            name = known[arm] if rate == "2e-3" and arm in known else f"{task}-rival-{arm}-{rate}"
+            name = known.get(f"{task}-{arm}-{rate}", f"{task}-rival-{arm}-{rate}")
             sweep[rate] = name
             seeds = (0, 3, 4, 5) if chosen.get(f"{task}-{arm}") == rate else (0,)
             if name in PRESETS:
