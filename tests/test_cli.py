@@ -89,8 +89,8 @@ def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, 
     assert lines[1].endswith(end)
     # What a run took on this CPU says nothing of a GPU.
     assert lines[4] == "rule110-quick: 3 runs to make, 1 at a time, hours unknown"
-    reproduce.reproduce("gsm_infinite", "ablation", out=tmp_path, jobs=1, say=lines.append)
-    assert lines[8] == "gsm_infinite-ablation: 0 runs to make, 1 at a time, about 0.0 hours left"
+    reproduce.reproduce("gsm_infinite", "ring16", out=tmp_path, jobs=1, say=lines.append)
+    assert lines[8] == "gsm_infinite-ring16: 0 runs to make, 1 at a time, about 0.0 hours left"
     with pytest.raises(ValueError, match="^scale: no task has presets called huge"):
         reproduce.reproduce("rule110", "huge")
 
