@@ -152,7 +152,8 @@ class PassesConfig(ModelConfig):
         S at the window's start, but the last, whose S stays: more thinking, and no more writing.
         ``"rewrite"``: one pass, in which each block writes the same keys and values N times, N steps of
         gradient descent on ``|S^T k - v|^2 / 2``.  ``"awake"``: one pass over the context, which is dropped,
-        and N over the question.  ``"awake-cache"``: the same, with full attention over the context's cache.
+        and N over the question, each from the S that the context left.  ``"awake-cache"``: so too, with full
+        attention over the context's cache.
 
     Chapter: 15_argument
     """
@@ -205,9 +206,12 @@ class OtherPasses(HybridLM):
 
     def predict(self, tokens, state, passes, window=None):
         """Answer: in one pass, or in N."""
-        n = passes if self.config.how.startswith("awake") else 1
-        h, after = self.blocks(self.embed(tokens), state, passes=n, window=window)
-        result = self.readout(h), after
+        h = self.embed(tokens)
+        self.check_state(state, h)
+        for _ in range(passes if self.config.how.startswith("awake") else 1):
+            # From the same S each time: in one that was written, a token would read what follows it.
+            h, after = self.run(h, state.blocks(), self.order(1), window)
+        result = self.readout(h), LMState.from_blocks(after, state.position + tokens.shape[1])
         return _with_cache_of(state, result) if self.config.how == "awake-cache" else result
 
     def evict(self, state, eviction="hard", window=None):

@@ -180,7 +180,16 @@ against = {"rule110": ("rule110-quick", tuple(rivals)), "depo": ("depo-ablation-
 rivals["sleep"] = (ModelConfig, {}, (1, 4), "itself")
 known = {"rule110-deep-2e-3": "rule110-ablation-deep", "rule110-state-2e-3": "rule110-ablation-state"}
 known["depo-sleep-4e-3"] = "depo-ablation-ring8"  # points of a sweep that were made before
-chosen = {}  # "<task>-<arm>": the rate of the comparison, once the sweep is done
+chosen = {  # "<task>-<arm>": the rate of the comparison, the best of seed 0, once the sweep is done
+    "rule110-recent8": "8e-3",
+    "rule110-heavy8": "4e-3",
+    "rule110-full": "8e-3",
+    "rule110-ttt": "8e-3",
+    "rule110-rewrite": "4e-3",
+    "rule110-replay": "8e-3",
+    "rule110-frozen": "4e-3",
+    "rule110-awake-cache": "8e-3",
+}
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
     plain = PRESETS[base].model

@@ -223,8 +223,27 @@ def test_passes_after_the_question(how):
     for window in tokens[:, : 2 * L].split(L, dim=1):
         _, state = plain.blocks(plain.embed(window), state)
         state = state.evict("hard") if how == "awake" else dataclasses.replace(state, conv=None)
-    h, _ = plain.blocks(plain.embed(tokens[:, 2 * L :]), state, passes=3)
+    h = plain.embed(tokens[:, 2 * L :])
+    for _ in range(3):
+        h, _ = plain.blocks(h, state)
     close(out.logits[:, 2 * L :], plain.readout(h))
+
+
+ARMS = [(PassesConfig, dict(how=how)) for how in WAYS] + [(UntiedConfig, dict(sets=3)), (TTTConfig, {})]
+ARMS += [(PruneConfig, dict(keep=3)), (PruneConfig, dict(keep=4, how="heavy")), (PruneConfig, {})]
+
+
+@pytest.mark.parametrize("kind, settings", ARMS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_no_answer_is_read_from_the_tokens_after_it(kind, settings):
+    """Answers are teacher-forced: the token that follows a question is its answer."""
+    model, _ = rival(kind, "aaaa" if kind is TTTConfig else "agag", **settings)
+    tokens = sequence(2 * L + 4)
+    labels = labels_at(tokens, range(2 * L, 2 * L + 4))
+    other = tokens.clone()
+    other[:, 2 * L + 2 :] = (other[:, 2 * L + 2 :] + 1) % VOCAB
+    a, b = (sl.sleep_forward(model, x, labels, window=L, passes=3).logits for x in (tokens, other))
+    close(a[:, 2 * L : 2 * L + 2], b[:, 2 * L : 2 * L + 2])
+    assert not torch.allclose(a[:, 2 * L + 2 :], b[:, 2 * L + 2 :])
 
 
 def test_untied_passes_with_equal_weights_are_sleep():
