@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from . import experiments, records, runs, tasks
+from . import experiments, processes, records, runs, tasks
 from .doctor import examine
 from .reproduce import core_hours, runs_of
 from .reproduce import reproduce as reproduce_all
@@ -50,7 +50,8 @@ def run(args):
     experiment = experiments.get(args.preset).replace(settings)
     names = "passes seed device out resume overwrite stop_after keep micro_batches threads"
     record = runs.run(experiment, **{name: getattr(args, name) for name in names.split()})
-    print(summary(record))
+    if processes.first():
+        print(summary(record))
     return EXIT.get(record["status"].split()[0].rstrip(":"), 0)
 
 

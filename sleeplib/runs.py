@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import records
+from . import processes, records
 from . import threads as cpu
 from .checkpoints import load_checkpoint, save_checkpoint
 from .checks import integer
@@ -25,6 +25,7 @@ def make_record(trainer, status, command, commit, dirty):
         status, final = f"failed: {error}", {}
     on_gpu = trainer.device.type == "cuda"
     device = torch.cuda.get_device_name(trainer.device) if on_gpu else records.processor()
+    device = f"{trainer.world} x {device}" if trainer.world > 1 else device
     record = dict(preset=e.name, passes=trainer.passes, seed=trainer.seed, config=e.config())
     record |= dict(config_hash=e.config_hash(), command=command, commit=commit, dirty=dirty)
     record |= dict(data_hash=trainer.data_hash, versions=records.versions(), device=device)
@@ -33,9 +34,13 @@ def make_record(trainer, status, command, commit, dirty):
     return record | dict(chance=e.task.chance(), final=final, status=status)
 
 
+@processes.joined()
 def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, overwrite=False,
         stop_after=None, keep=None, micro_batches=1, threads=None, progress=True):  # fmt: skip
     """Train one preset with one N and one seed, and write its record.
+
+    Under torchrun several processes train it together, data-parallel: ``torchrun --nproc-per-node 2 -m
+    sleeplib run ...``; they must see the same files.  A run may go on with another number of processes.
 
     Parameters
     ----------
@@ -84,7 +89,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
             raise ValueError(f"out: {path} is the record of a finished run; load_records reads it, {ways}")
         if kept is not None and not kept.exists():
             raise ValueError(f"keep: {path} is finished and {kept} was not kept; overwrite=True trains anew")
-        checkpoint.unlink(missing_ok=True)
+        if processes.rank() == 0:
+            checkpoint.unlink(missing_ok=True)
         return old
     commit = records.commit()  # of the code that runs, not of what is edited meanwhile
     trainer = Trainer(experiment, passes, seed, device, micro_batches)
@@ -92,15 +98,18 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     for name, folder in (("out", path.parent), ("keep", kept)):
         if folder is not None:
             records.check_writable(name, folder)
-    command = f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
+    command = f"torchrun --nproc-per-node {trainer.world} -m " * (trainer.world > 1)
+    command += f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
     command += f" --micro-batches {micro_batches}" * (trainer.micro_batches > 1)
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {change}" for change in experiment.changes())
     probe = trainer.probe if trainer.device.type == "cpu" else None
     with cpu.chosen(threads or found.get("threads"), probe) as choice:
-        save = partial(save_checkpoint, trainer, checkpoint)
+        save = partial(save_checkpoint, trainer, checkpoint) if trainer.rank == 0 else None
         status = trainer.run(stop_after, save, progress, choice.step_took)
         record = make_record(trainer, status, command, *commit)
+    if trainer.rank > 0:  # the first process writes
+        return record
     done = record["status"] == "done"
     if (old := _standing(path, experiment, overwrite)) is not None:
         record = old  # another process was quicker

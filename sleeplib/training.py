@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import device as machine
+from . import processes
 from .algorithm import awake_chunks, sleep_forward
 from .checks import integer
 from .evaluation import evaluate, held_out
@@ -98,6 +99,11 @@ class Trainer:
         Parts in which a batch is read, one after the other, where all of it does not fit into memory.  The
         gradient is that of the whole batch but for rounding; no part is captured as a CUDA graph.
 
+    Notes
+    -----
+    Of several processes that torchrun has started (:mod:`sleeplib.processes`) each reads its part of every
+    batch, and all take the same step, that of the whole batch but for rounding.
+
     Attributes
     ----------
     model : HybridLM
@@ -112,6 +118,9 @@ class Trainer:
         self.experiment = experiment = get(experiment)
         task, train = experiment.task, experiment.train
         self.passes, self.seed = integer("passes", passes, 1), integer("seed", seed, 0, 2**64 - 1)
+        self.rank, self.world = processes.rank(), processes.world()
+        if self.world > train.batch:
+            raise ValueError(f"train.batch is {train.batch}; {self.world} processes cannot share it")
         self.micro_batches = integer("micro_batches", micro_batches, 1, train.batch)
         self.device = machine.find_device(device)
         if type(task) not in TASKS.values():
@@ -135,6 +144,7 @@ class Trainer:
         self.workers = 0 if self.device.type == "cpu" else min(4, len(cores()))
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
         self.graph = self.captured = None  # a captured step, and its eviction
+        self.in_step = processes.in_step(self.model, self.loss)
 
     def train_step(self, measure=False):
         """One step of the loop: draw, loss and gradient, clip, update; if asked, measure where it is due."""
@@ -164,7 +174,7 @@ class Trainer:
     def forward_backward(self, batch):
         """Leave the gradient of one batch in the parameters; return the loss, still on the device."""
         train = self.experiment.train
-        if train.graph and self.device.type == "cuda" and self.micro_batches == 1:
+        if train.graph and self.device.type == "cuda" and self.micro_batches == self.world == 1:
             if self.graph is None or self.captured != train.eviction_at(self.step):
                 self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
                 with machine.compiled_blocks(self.model):
@@ -173,12 +183,16 @@ class Trainer:
             return self.graph(batch)
         self.model.zero_grad()
         total, asked = 0.0, (batch.labels != IGNORE).sum().item()
-        for inputs, labels in zip(*(x.chunk(self.micro_batches) for x in (batch.inputs, batch.labels))):
-            share = (labels != IGNORE).sum().item() / asked
-            loss = self.loss(inputs.to(self.device), labels.to(self.device)) * share
-            loss.backward()
+        own = (x.tensor_split(self.world)[self.rank] for x in (batch.inputs, batch.labels))
+        parts = list(zip(*(x.chunk(self.micro_batches) for x in own)))
+        for i, (inputs, labels) in enumerate(parts, 1):
+            share = (labels != IGNORE).sum().item() / asked  # of the labels of the whole batch
+            wait = self.world > 1 and i < len(parts)
+            with self.in_step.no_sync() if wait else nullcontext():
+                loss = self.in_step(inputs.to(self.device), labels.to(self.device)) * share
+                (loss * self.world).backward()  # gradients become means over processes
             total = total + loss.detach()
-        return total
+        return processes.summed(total)
 
     def loss(self, inputs, labels):
         """Mean cross-entropy of Algorithm 1 on a batch."""
@@ -240,12 +254,12 @@ class Trainer:
         more = train.steps if stop_after is None else integer("stop_after", stop_after, 1)
         end = min(train.steps, self.step + more)
         name = f"{self.experiment.name} N={self.passes} seed={self.seed}"
-        quiet = not progress or "TQDM_DISABLE" in os.environ
+        quiet = not progress or self.rank > 0 or "TQDM_DISABLE" in os.environ
         bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=quiet or None)
-        began, status = time.perf_counter(), None
+        began, status, noticed = time.perf_counter(), None, 0
         with deferred_interrupt() as noted:
             try:
-                while self.step < end and not noted:
+                while self.step < end and not (noticed := processes.agreed(noted[0] if noted else 0)):
                     start = time.perf_counter()
                     self.train_step(measure=True)
                     if step_took:
@@ -259,7 +273,7 @@ class Trainer:
                         save()
                 self.demand_finite("loss is", *self.losses.tolist())
                 if self.step < train.steps:
-                    how = "terminated" if signal.SIGTERM in noted else "interrupted" if noted else "stopped"
+                    how = {0: "stopped", signal.SIGTERM: "terminated"}.get(noticed, "interrupted")
                     status = f"{how} after step {self.step}"
             except FloatingPointError as error:
                 status = f"failed: {error}"

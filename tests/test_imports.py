@@ -16,7 +16,7 @@ MODULES = {
 }
 # A module may import what stands on a line above its own.  Its first name is the file or folder.
 LAYERS = [
-    {"checks", "threads", "device", "intervals"},
+    {"checks", "threads", "device", "processes", "intervals"},
     {"records", "muon", "state"},
     {"kernels"},
     {"layers", "interface"},

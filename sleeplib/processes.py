@@ -1,0 +1,92 @@
+"""Several processes at one run, as torchrun starts them: who this one is, and what all must agree on."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def joined():
+    """Join the processes that torchrun has started, within `with`; alone where it has started none.
+
+    On CUDA each process takes the GPU of its number on this machine, so that "cuda" means that one.
+    """
+    if _started() == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        if (local := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
+            raise ValueError(f"process {local} of this machine has no GPU: there are {count}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def first():
+    """Whether this process speaks for all: it is the only one or, also before they join, number 0."""
+    return _started() == 1 or os.environ["RANK"] == "0"
+
+
+def rank():
+    """Number of this process among all, from 0."""
+    return dist.get_rank() if _together() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if _together() else 1
+
+
+def agreed(number):
+    """The largest of the numbers that the processes come with: what one has noted, all know."""
+    if not _together():
+        return number
+    dist.all_reduce(found := torch.tensor(number), dist.ReduceOp.MAX)
+    return int(found)
+
+
+def summed(value):
+    """A tensor summed over the processes."""
+    if _together():
+        dist.all_reduce(value)
+    return value
+
+
+def in_step(model, loss):
+    """`loss`, a function of inputs and labels, with gradients in the `model` that are means over processes.
+
+    PyTorch's DistributedDataParallel wraps a module whose forward is all of Algorithm 1: its hooks see each
+    parameter once a step, however often the passes use it.  Alone, it is the plain module.
+    """
+    module = _Loss(model, loss)
+    if not _together():
+        return module
+    return DistributedDataParallel(module)
+
+
+class _Loss(nn.Module):
+    """A loss as the forward of a module that holds the model."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs, labels):
+        return self.loss(inputs, labels)
+
+
+def _started():
+    """How many processes torchrun has started; 1 where it has not."""
+    together = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["WORLD_SIZE"]) if together else 1
+
+
+def _together():
+    return dist.is_available() and dist.is_initialized()
