@@ -43,10 +43,14 @@ def command(out, count, *options, **settings):
     return argv
 
 
+def environment(out):
+    """One thread each, and what torchrun leaves in the folder for temporary files stays below `out`."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out)}
+
+
 def run(out, count, *options, **settings):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command(out, count, *options, **settings), capture_output=True, text=True, env=environment
+        command(out, count, *options, **settings), capture_output=True, text=True, env=environment(out)
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -101,7 +105,7 @@ def test_two_processes_take_the_steps_of_one_and_go_on_as_one_and_as_two(alone, 
 def test_what_is_stopped_or_killed_goes_on(whom, number, tmp_path):
     long = {"train.steps": 4000, "train.eval_every": 2000}
     started = subprocess.Popen(
-        command(tmp_path, 2, **long), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        command(tmp_path, 2, **long), env=environment(tmp_path), stderr=subprocess.DEVNULL
     )
     file = tmp_path / "rule110-quick" / "N2-seed0.safetensors"
     while not file.exists():
