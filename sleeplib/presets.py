@@ -188,6 +188,7 @@ chosen = {  # "<task>-<arm>": the rate of the comparison, the best of seed 0, on
     "rule110-rewrite": "4e-3",
     "rule110-replay": "8e-3",
     "rule110-frozen": "4e-3",
+    "rule110-awake": "8e-3",
     "rule110-awake-cache": "8e-3",
 }
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
