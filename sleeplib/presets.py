@@ -55,6 +55,9 @@ settings = {"task.steps": 8, "train.steps": 1600, "train.eval_every": 20, "train
 _vary("rule110-paper", name, settings, about, **parts)
 about = f"{name} without sleep, run on for the training FLOPs of N = 4"
 _vary(name, f"{name}-long", {"train.steps": 7102}, about, passes=(1,), seeds=(0,))
+for rate in ("4e-3", "8e-3"):
+    about = f"{name} with Muon's rate {rate}: one point of the sweep at the paper's size"
+    _vary(name, f"{name}-rate-{rate}", {"train.muon_lr": rate}, about, passes=(1, 4))
 
 task = Depo(nodes=5, hops=4, letters=8, word=(1, 1), queries=3, windows=2, fewest=5)
 about = "5 nodes, 4 hops, 2 windows, width 64; minutes on two CPU cores; smaller than the paper's"
@@ -190,6 +193,9 @@ chosen = {  # "<task>-<arm>": the rate of the comparison, the best of seed 0, on
     "rule110-frozen": "4e-3",
     "rule110-awake": "8e-3",
     "rule110-awake-cache": "8e-3",
+    "rule110-recent16": "8e-3",
+    "rule110-deep": "8e-3",
+    "rule110-untied": "2e-3",
 }
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
