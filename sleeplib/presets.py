@@ -183,7 +183,7 @@ against = {"rule110": ("rule110-quick", tuple(rivals)), "depo": ("depo-ablation-
 rivals["sleep"] = (ModelConfig, {}, (1, 4), "itself")
 known = {"rule110-deep-2e-3": "rule110-ablation-deep", "rule110-state-2e-3": "rule110-ablation-state"}
 known["depo-sleep-4e-3"] = "depo-ablation-ring8"  # points of a sweep that were made before
-chosen = {  # "<task>-<arm>": the rate of the comparison, the best of seed 0, once the sweep is done
+chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, once a sweep is done
     "rule110-recent8": "8e-3",
     "rule110-heavy8": "4e-3",
     "rule110-full": "8e-3",
@@ -196,6 +196,9 @@ chosen = {  # "<task>-<arm>": the rate of the comparison, the best of seed 0, on
     "rule110-recent16": "8e-3",
     "rule110-deep": "8e-3",
     "rule110-untied": "2e-3",
+    "rule110-wide": "4e-3",
+    "rule110-state": "4e-3 8e-3",  # the best of N = 4 and the best of N = 1
+    "rule110-hybrid8": "4e-3 8e-3",
 }
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
@@ -207,7 +210,7 @@ for task, (base, arms) in against.items():
         for rate in ("2e-3", "4e-3", "8e-3"):
             name = known.get(f"{task}-{arm}-{rate}", f"{task}-rival-{arm}-{rate}")
             sweep[rate] = name
-            seeds = (0, 3, 4, 5) if chosen.get(f"{task}-{arm}") == rate else (0,)
+            seeds = (0, 3, 4, 5) if rate in chosen.get(f"{task}-{arm}", "").split() else (0,)
             if name in PRESETS:
                 PRESETS[name] = dataclasses.replace(PRESETS[name], seeds=(0, 1, 2, *seeds[1:]))
                 continue

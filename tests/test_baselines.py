@@ -14,7 +14,7 @@ import sleeplib as sl
 from sleeplib import flops, kernels
 from sleeplib.baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
 from sleeplib.experiments import Experiment, TrainConfig
-from sleeplib.presets import SWEEPS
+from sleeplib.presets import SWEEPS, chosen
 from sleeplib.training import Trainer
 
 L = WINDOW
@@ -476,6 +476,19 @@ def test_the_deep_model_has_more_operations_and_the_others_fewer():
 def test_parameters(arm):
     ratio = flops.parameters(presets(arm)[0]) / flops.parameters("rule110-quick")
     assert ratio == pytest.approx(PARAMETERS[arm], rel=0.01)
+
+
+@pytest.mark.parametrize("arm", chosen)
+def test_the_rate_of_an_arm_is_the_best_of_its_sweep(arm):
+    """On seed 0 and the held-out questions; every rate of the sweep is recorded."""
+    best = set()
+    for passes in sl.experiments.get([*SWEEPS[arm].values()][0]).passes:
+        found = {}
+        for rate, preset in SWEEPS[arm].items():
+            (record,) = [r for r in sl.load_records(preset, passes) if r["seed"] == 0]
+            found[rate] = record["final"]["exact"]
+        best.add(max(found, key=found.get))
+    assert best == set(chosen[arm].split())
 
 
 @pytest.mark.parametrize("passes", [1, 4])
