@@ -1,12 +1,17 @@
-"""What a model costs: operations of a training step, bytes carried from window to window, parameters."""
+"""What a model costs: operations and memory of a training step, bytes carried on, parameters."""
 
 import dataclasses
+import weakref
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .algorithm import awake_chunks, sleep_forward
+from .checks import integer
 from .experiments import get
 from .kernels import use_numba
 from .model import ModelConfig
@@ -92,8 +97,150 @@ def parameters(experiment):
     return sum(p.numel() for p in _fresh(get(experiment).task, get(experiment).model)[0].parameters())
 
 
-def _fresh(task, config):
+def training_bytes(experiment, passes, batch=None, precision=None):
+    """Predicted peak memory of one training step on a GPU, in bytes, when nothing is captured or fused.
+
+    The step is followed on tensors without numbers (device "meta"), where the code takes the branches that it
+    takes on a GPU, and what is alive at a time is counted, to which come 16 bytes a parameter: weights,
+    gradients and what the optimizers keep.  It costs a second or two on one core, whatever the batch.
+
+    Parameters
+    ----------
+    experiment : Experiment or str
+        Or a preset's name.
+    passes : int
+        N.
+    batch : int, optional
+        Sequences at a time; those of the experiment's training if absent.
+    precision : {"float32", "bfloat16"}, optional
+        What products are computed in; the experiment's if absent.
+
+    Returns
+    -------
+    int
+        What kernels need for themselves, and what the allocator of a GPU wastes, is not in it.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit.
+
+    Chapter: 11_rule110
+    """
+    experiment = get(experiment)
+    task, train = experiment.task, experiment.train
+    batch = train.batch if batch is None else integer("batch", batch, 1)
+    precision = train.precision if precision is None else precision
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be float32 or bfloat16; got {precision!r}")
+    options = integer("passes", passes, 1), batch, precision, train.checkpoint
+    return _followed(task, experiment.model, *options, train.eviction_at(train.steps))
+
+
+@lru_cache(maxsize=256)
+def _followed(task, config, passes, batch, precision, checkpoint, eviction):
+    model, one = _fresh(task, config, backend="chunked")
+    awake = awake_chunks(one.labels, task.window)
+    inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
+    options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
+    count = sum(p.numel() for p in model.parameters())
+    model, cuda = model.to("meta"), _AsOnCuda(precision == "bfloat16")
+    for name in ("consolidate", "predict"):  # also where recomputation calls them again
+        setattr(model, name, cuda.around(getattr(model, name)))
+    with LiveBytes() as live:
+        out = sleep_forward(model, inputs, labels, awake=awake, return_logits=False, **options)
+        out.loss.backward()
+    return live.peak + 16 * count
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that are made within `with` and alive at a time.
+
+    Two tensors on one storage count once, what was there before does not.
+
+    Attributes
+    ----------
+    now, peak : int
+
+    Chapter: 11_rule110
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        out = function(*args, **kwargs or {})
+        for x in _tensors(out):
+            storage = x.untyped_storage()
+            if (key := storage._cdata) not in given and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.now)  # what the operation read is alive as well
+        return out
+
+    def _gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def _tensors(x):
+    """Every tensor among the arguments or results of an operation."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            yield from _tensors(part)
+    elif isinstance(x, dict):
+        yield from _tensors(tuple(x.values()))
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """On device "meta" make what a GPU would: products in bfloat16 if `low`, attention in one operation.
+
+    There is no autocast for "meta".  Ours does what CUDA's does to the products of a model: a leaf is cast
+    once, all else each time.
+    """
+
+    def __init__(self, low):
+        super().__init__()
+        self.low, self.cast = low, {}
+
+    def around(self, function):
+        """The same function, called within this mode."""
+
+        def inside(*args, **kwargs):
+            with self:
+                return function(*args, **kwargs)
+
+        return inside
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.linear:
+            return F.linear(*map(self._lower, args), **kwargs)
+        if function is F.scaled_dot_product_attention:
+            q, k, v = map(self._lower, args)
+            mask, causal = kwargs["attn_mask"], kwargs["is_causal"]
+            # It makes what CUDA's kernels make: the output, and a number a query for the backward pass.
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            mask = None if mask is None else q.new_zeros(mask.shape)
+            return flash(q, k, v, 0.0, causal, attn_mask=mask)[0]
+        return function(*args, **kwargs)
+
+    def _lower(self, x):
+        if not self.low or x is None or x.dtype != torch.float32:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(torch.bfloat16)
+        if id(x) not in self.cast:
+            self.cast[id(x)] = x.to(torch.bfloat16)
+        return self.cast[id(x)]
+
+
+def _fresh(task, config, backend="reference"):
     """A new model, and one sequence; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        model = dataclasses.replace(config, backend="reference").build()
+        model = dataclasses.replace(config, backend=backend).build()
     return model, task.batch(1, np.random.default_rng(0))
