@@ -126,7 +126,8 @@ def parser():
     p.add_argument("--device", default="auto")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
     p.add_argument("--stop-after", type=int, metavar="STEPS", help="stop after so many steps more")
-    p.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, one by one: less memory")
+    parts = "parts of a batch, one by one: less memory (default: as few as fit a GPU)"
+    p.add_argument("--micro-batches", type=int, help=parts)
     p.add_argument("--threads", type=int, help="for PyTorch (default: as many as it takes)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=300")
     p = add("reproduce", reproduce)

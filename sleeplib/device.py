@@ -134,6 +134,12 @@ def tune_malloc(size=2**30 - 2**22):
         c.free(block)
 
 
+def free_bytes(device):
+    """Memory of a GPU that this process can still have: the driver's, and what PyTorch holds without use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def peak_bytes(device):
     """The most memory in use so far, tensors on a GPU, the whole process on the CPU; 0 if nothing tells."""
     if device.type == "cuda":

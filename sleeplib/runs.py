@@ -36,7 +36,7 @@ def make_record(trainer, status, command, commit, dirty):
 
 @processes.joined()
 def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, overwrite=False,
-        stop_after=None, keep=None, micro_batches=1, threads=None, progress=True):  # fmt: skip
+        stop_after=None, keep=None, micro_batches=None, threads=None, progress=True):  # fmt: skip
     """Train one preset with one N and one seed, and write its record.
 
     Under torchrun several processes train it together, data-parallel: ``torchrun --nproc-per-node 2 -m
@@ -100,7 +100,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
             records.check_writable(name, folder)
     command = f"torchrun --nproc-per-node {trainer.world} -m " * (trainer.world > 1)
     command += f"sleeplib run {experiment.name} --passes {passes} --seed {seed} --device {device}"
-    command += f" --micro-batches {micro_batches}" * (trainer.micro_batches > 1)
+    parts = trainer.micro_batches  # also those that were chosen: another machine would choose others
+    command += f" --micro-batches {parts}" * (micro_batches is not None or parts > 1)
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {change}" for change in experiment.changes())
     probe = trainer.probe if trainer.device.type == "cpu" else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sleeplib as sl
-from sleeplib import flops, records
+from sleeplib import device, flops, records, training
 from sleeplib.kernels import jit
 
 GIB = 2**30
@@ -79,3 +79,62 @@ def test_a_prediction_is_refused_by_name():
     for wrong, options in (("batch", dict(batch=0)), ("precision", dict(precision="float16"))):
         with pytest.raises(ValueError, match=f"^{wrong} must be"):
             flops.training_bytes("rule110-quick", 1, **options)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_preset_fits_a_t4_in_float32(name):
+    """At the N that takes the most, in four parts or fewer."""
+    experiment = sl.experiments.get(name)
+    part = experiment.train.batch // 4
+    assert training.EAGER * flops.training_bytes(experiment, max(experiment.passes), part, "float32") < T4
+
+
+def test_a_batch_is_read_in_as_few_parts_as_fit():
+    sizes = {8: 800, 4: 420, 2: 230, 1: 135}  # bytes of so many sequences
+
+    def predicted(experiment, passes, batch, precision):
+        return sizes[batch]
+
+    eager, graph = (
+        sl.experiments.get("rule110-quick").replace(batch=8, graph=graph) for graph in (False, True)
+    )
+    with patch.object(training, "training_bytes", predicted), patch.object(training, "EAGER", 1.0):
+        for free, parts in ((800, 1), (799, 2), (420, 2), (419, 4), (200, 8), (134, None)):
+            assert training.fitting_parts(eager, 1, free, "float32") == parts, free
+        assert training.fitting_parts(eager, 1, 400, "float32", world=2) == 2  # its share are 4 sequences
+        for fuses, free, parts in ((True, 600, 1), (True, 599, 2), (False, 799, 2)):
+            with patch.object(training, "find_spec", lambda name, fuses=fuses: fuses or None):
+                assert training.fitting_parts(graph, 1, free, "float32") == parts
+        odd = eager.replace(batch=3)
+        sizes[3] = 500
+        assert training.fitting_parts(odd, 1, 140, "float32") == 3
+
+
+def test_a_gpu_is_asked_what_is_free_and_a_cpu_is_not():
+    trainer = sl.Trainer("rule110-quick", 1, 0, "cpu")
+    assert trainer.micro_batches == 1
+    trainer.device = torch.device("cuda")
+    for free, parts in ((2**40, 1), (90 * 2**20, 2), (0, 128)):
+        with patch.object(device, "free_bytes", lambda device, free=free: free):
+            assert trainer.fitting_parts() == parts, free
+    for error, parts in ((NotImplementedError, 1), (RuntimeError, 1)):
+        with patch.object(device, "free_bytes", lambda device: 0):
+            with patch.object(training, "training_bytes", side_effect=error):
+                assert trainer.fitting_parts() == parts
+    known = dict(mem_get_info=(1000, 9999), memory_reserved=300, memory_allocated=100)
+    with patch.multiple(torch.cuda, **{k: lambda device, v=v: v for k, v in known.items()}):
+        assert device.free_bytes(torch.device("cuda")) == 1200
+
+
+def test_parts_that_were_chosen_stay_when_a_run_goes_on():
+    """Else the sum of a batch would be rounded in another order."""
+    trainers = [sl.Trainer("rule110-quick", 1, 0, "cpu", parts) for parts in (4, None, 2)]
+    for trainer in trainers[1:]:
+        trainer.restore(*trainers[0].snapshot())
+    assert [trainer.micro_batches for trainer in trainers] == [4, 4, 2]
+
+
+def test_a_t4_has_no_bfloat16(monkeypatch):
+    for capability, has in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert device.multiplies_bfloat16.__wrapped__(torch.device("cuda")) == has
