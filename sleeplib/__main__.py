@@ -8,6 +8,7 @@ import numpy as np
 
 from . import experiments, processes, records, runs, tasks
 from .doctor import examine
+from .gpu_check import gpu_check as check_gpu
 from .reproduce import core_hours, runs_of
 from .reproduce import reproduce as reproduce_all
 from .scorecard import scorecard as judge_all
@@ -98,6 +99,12 @@ def doctor(args):
     return int(not fine)
 
 
+def gpu_check(args):
+    """Check a GPU in ten minutes: backends, a captured step, tests; time and memory of each preset."""
+    report = check_gpu(args.device, args.out, args.minutes)
+    return int(bool(report["wrong"]))
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line and exits with code 2."""
 
@@ -137,6 +144,10 @@ def parser():
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
     add("bench", bench).add_argument("--repeats", type=int, default=9)
     add("doctor", doctor)
+    p = add("gpu-check", gpu_check)
+    p.add_argument("--device", default="cuda", help="cpu: a dry run at a small shape")
+    p.add_argument("--out", default="gpu-check.json", metavar="FILE", help="default: ./gpu-check.json")
+    p.add_argument("--minutes", type=float, default=10, help="begin nothing after so long (default: 10)")
     for names, flag, options in (
         ("sample run", "--seed", dict(type=int, default=0)),
         ("run reproduce", "--overwrite", dict(action="store_true", help="train anew what is finished")),

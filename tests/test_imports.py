@@ -30,6 +30,7 @@ LAYERS = [
     {"training"},
     {"runs"},
     {"bench", "scorecard", "reproduce", "doctor"},
+    {"gpu_check"},
     {"plots"},
     {"widgets"},
     {"__init__"},
