@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,7 +115,10 @@ class _Check:
             self.say(f"not done, the time is over: {what}")
             return
         began = time.perf_counter()
-        function(*args)
+        try:
+            function(*args)
+        except Exception as error:  # the other parts may still say something
+            self.demand(False, f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         self.longest[kind] = max(self.longest.get(kind, 0), time.perf_counter() - began)
         self.save()
 
@@ -248,23 +251,31 @@ class _Check:
 
     def more_parts(self, e, passes, row):
         """The next larger number of parts after one that did not fit, or what the prediction says."""
+        self.let_go()
         free = math.inf if self.dry else machine.free_bytes(self.device)
         plain = e.replace({"train.graph": False})
         wanted = fitting_parts(plain, passes, free, row["precision"]) or 2 * row["batch"]
         return max(2 * row["parts"], wanted)
 
+    def let_go(self):
+        """Free what trainers and errors before this hold on the GPU; forget what was compiled for them."""
+        gc.collect()
+        if not self.dry:
+            torch._dynamo.reset()  # else the blocks of all presets would share one limit of recompilations
+            torch.cuda.empty_cache()
+
     def measure(self, e, passes, row):
         """Fill in seconds and peak bytes of a step; what stopped it, in one line, or None."""
         cuda = not self.dry
+        self.let_go()
         if cuda:
-            gc.collect()  # what an error before this held
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             trainer = Trainer(e, passes, 0, self.device, row["parts"])
             batch = training_batch(e.task, e.train, 0, 0)
             trainer.next_batch = lambda: batch  # drawing is no part of this
-            (row["seconds"],) = in_turn([trainer.train_step], 3)
+            with torch.cuda.device(self.device) if cuda else nullcontext():
+                (row["seconds"],) = in_turn([trainer.train_step], 3)
             row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) if cuda else None
             finite = bool(trainer.losses.isfinite().all())
             return None if finite else "the loss is not finite"
@@ -338,7 +349,8 @@ def _run(rule, shape, device, dtype, backend):
         kind = dtype if name in ("q", "k", "v") else wide
         given[name] = x.bfloat16().to(device, kind).requires_grad_()
     # Where there is no Numba, on a GPU, the reference is its plain loop over tokens.
-    with use_numba(use_numba.on and torch.device(device).type == "cpu" or backend != "reference"):
+    loops = backend == "reference" and torch.device(device).type != "cpu"
+    with use_numba(use_numba.on and not loops):
         o, S = rule(**given, backend=backend)
         loss = sum((x.to(wide) * w.bfloat16().to(device, wide)).sum() for x, w in zip((o, S), weights))
         loss.backward()

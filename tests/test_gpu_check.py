@@ -68,6 +68,14 @@ def test_time_that_is_over_is_said(tmp_path):
     assert check.report["not done"] == ["a captured step"]
 
 
+def test_a_part_that_breaks_off_leaves_the_others(tmp_path):
+    with patch.object(gpu_check._Check, "preset", lambda *args: None):
+        with patch.object(gpu_check, "_run", side_effect=ImportError("no such\nkernel")):
+            found = gpu_check.gpu_check("cpu", tmp_path / "check.json", say=lambda line: None)
+    assert found["wrong"][0] == "backend reference: ImportError: no such kernel" and len(found["wrong"]) == 2
+    assert found["captured"]["error"] == 0 and found["status"] == "done"
+
+
 def test_what_is_wrong_is_said_and_exits_with_1(tmp_path, capsys):
     def off(found, truth):
         return "dg", 0.5
