@@ -134,7 +134,7 @@ def awake_chunks(labels, window):
 
 def sleep_forward(
     model, inputs, labels, *, window, passes=4, eviction="hard", state=None,
-    checkpoint=False, return_logits=True, awake=None,
+    checkpoint=False, return_logits=True, awake=None, truncate=None,
 ):  # fmt: skip
     """Algorithm 1: read a sequence window by window, asleep where nothing is asked, awake where something is.
 
@@ -161,6 +161,11 @@ def sleep_forward(
         Whether to assemble the logits.
     awake : sequence of bool, optional
         The answer of :func:`awake_chunks`, where the caller knows it already.
+    truncate : int, optional
+        Naps that a gradient goes back through, at least 1; all of them if absent.  The naps are counted from
+        the last one backwards, and the state is detached before every `truncate`-th: the loss of a last
+        window reaches exactly so many naps, no loss reaches more.  Values stay the same.  Passes are never
+        cut: a gradient that enters a nap goes through all N of them.
 
     Returns
     -------
@@ -181,6 +186,7 @@ def sleep_forward(
     """
     check_model(model)
     passes, window = check_passes(passes), integer("window", window, 1)
+    truncate = truncate if truncate is None else integer("truncate", truncate, 1)
     check_eviction(eviction)
     token_tensor("inputs", inputs, model.vocab_size)
     token_tensor("labels", labels, model.vocab_size, IGNORE)
@@ -191,6 +197,7 @@ def sleep_forward(
     awake = awake_chunks(labels, window) if awake is None else _check_awake(awake, labels, window)
     state = model.initial_state(inputs.shape[0]) if state is None else state
     key_window = window if eviction == "sliding" else None
+    naps = sum(not asked for asked in awake[: inputs.shape[1] // window])  # still to come
 
     def consolidate(tokens, state):
         return sleep(model, tokens, state, passes, eviction, key_window)
@@ -213,6 +220,9 @@ def sleep_forward(
             total = total + F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
             count = count + (targets != IGNORE).sum()
         elif tokens.shape[1] == window:
+            if truncate is not None and naps % truncate == 0:
+                state = state.detach()
+            naps -= 1
             state = step(consolidate, tokens, state)
         else:
             _, state = step(predict, tokens, state)

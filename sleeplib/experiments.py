@@ -38,6 +38,8 @@ class TrainConfig:
         The last is hard for the first third of the steps: our reading of section 6.4.
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
+    truncate : int or None
+        Naps that a gradient goes back through, see :func:`sleep_forward`; all of them if None.
     precision : {"float32", "bfloat16"}
         bfloat16 runs matrix products under autocast where the device has instructions for them, and float32
         elsewhere; a record says which ran.  Sums, and the fast weight, are float32's in both.
@@ -70,6 +72,7 @@ class TrainConfig:
     clip: float = 1.0
     eviction: str = "hard"
     checkpoint: bool = False
+    truncate: int | None = None
     precision: str = "float32"
     graph: bool = False
     eval_every: int = 50
@@ -79,11 +82,15 @@ class TrainConfig:
     def __post_init__(self):
         for entry in dataclasses.fields(self):
             name, value, kind = entry.name, getattr(self, entry.name), entry.type
+            if kind == int | None:
+                if value is None:
+                    continue
+                kind = int
             wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
             if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
                 raise TypeError(f"train.{name} must be of type {kind.__name__}; got {value!r}")
             object.__setattr__(self, name, kind(value))
-            low = 1 if name in ("steps", "batch", "eval_every", "eval_batch", "save_every") else 0
+            low = 0 if name in ("warmup", "decay") or kind is not int else 1
             if kind is not str and not low <= value < math.inf:
                 raise ValueError(f"train.{name} must be at least {low} and finite; got {value}")
             # The default warm-up serves short trials too: they end before it does.
@@ -143,6 +150,8 @@ class Experiment:
         parts = {name: dataclasses.asdict(getattr(self, name)) for name in ("task", "model", "train")}
         kind = next((name for name, cls in TASKS.items() if cls is task), own)
         parts["task"] = {"kind": kind} | parts["task"]
+        if parts["train"]["truncate"] is None:  # as in records that are older than the setting
+            del parts["train"]["truncate"]
         if type(self.model) is not ModelConfig:  # a rival of sleeplib.baselines
             parts["model"] = {"kind": type(self.model).__name__} | parts["model"]
         try:
@@ -158,7 +167,7 @@ class Experiment:
         """Settings that differ from the preset of this name, as ``--set`` takes them."""
         new = self.config()
         old = PRESETS[self.name].config() if self.name in PRESETS else new
-        pairs = [(part, key, value) for part, values in new.items() for key, value in values.items()]
+        pairs = [(part, key, new[part].get(key)) for part in new for key in old[part] | new[part]]
         changed = [(part, key, value) for part, key, value in pairs if value != old[part].get(key)]
         return [f"{p}.{k}={v if isinstance(v, str) else json.dumps(v)}" for p, k, v in changed]
 

@@ -123,6 +123,14 @@ model = PruneConfig(pattern="aaaa", keep=8, vocab_size=Recall().vocab_size, mlp_
 about = "recall-quick, the newest 8 tokens kept word for word: the bytes of its fast weights"
 _vary("recall-quick", "recall-ablation-recent8", {}, about, model=model, passes=(1,))
 
+# Truncated backpropagation through sleep (chapter 10): the same settings, and a gradient that enters one nap.
+for base, name, parts in (
+    ("recall-quick", "recall", dict(passes=(1,))),
+    ("rule110-quick", "rule110", dict(passes=(4,))),
+):
+    about = f"{base}, backpropagation truncated to the last nap"
+    _vary(base, f"{name}-truncate-1", {"train.truncate": 1}, about, **parts)
+
 # The sweep of Muon's rate.  For rule110 and depo its point at 2e-3 is the -quick preset itself.  Where a
 # comparison is made too, on seeds from 3 on, there are more passes and seeds, and a run for equal operations.
 rates = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")

@@ -246,6 +246,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if low else nullcontext():
             options = dict(window=self.experiment.task.window, passes=self.passes, awake=self.awake)
             options |= dict(eviction=train.eviction_at(self.step), checkpoint=train.checkpoint)
+            options["truncate"] = train.truncate
             return sleep_forward(self.model, inputs, labels, return_logits=False, **options).loss
 
     def probe(self):

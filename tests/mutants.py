@@ -228,6 +228,23 @@ def sleeps_N_times_on_prediction():
     with patch.object(sl, "sleep_forward", remember), patch.object(sl.Sleepable, "blocks", blocks):
         yield
 
+TRUNCATION = "check_truncation_cuts_before_every_nth_nap"
+
+
+def with_truncate(change):
+    def fault(honest, *args, truncate=None, **options):
+        return honest(*args, truncate=truncate if truncate is None else change(truncate), **options)
+
+    return fault
+
+
+plant(TRUNCATION, sl, "sleep_forward", with_truncate(lambda n: None))("never_truncates")
+plant(TRUNCATION, sl, "sleep_forward", with_truncate(lambda n: n + 1))("truncates_a_nap_late")
+plant(TRUNCATION, sl, "sleep_forward", with_truncate(lambda n: max(1, n - 1)))("truncates_a_nap_early")
+plant(TRUNCATION, sl.LMState, "detach", lambda honest, self: honest(self)._map(torch.zeros_like))(
+    "truncation_forgets_S"
+)
+
 
 # The stream
 

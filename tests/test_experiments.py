@@ -87,6 +87,7 @@ def test_a_setting_is_read_as_its_type(data):
                 ("train.clip", data.draw(st.floats(0.1, 10))),
                 ("train.checkpoint", data.draw(st.booleans())),
                 ("train.eviction", data.draw(st.sampled_from(["hard", "sliding", "hard-then-sliding"]))),
+                ("train.truncate", data.draw(st.sampled_from([None, 1, 3]))),
                 ("model.loop", data.draw(st.sampled_from([None, (0, 1), (1, 3)]))),
                 ("model.mlp_size", data.draw(st.integers(1, 99))),
             ]
@@ -104,6 +105,16 @@ def test_true_and_none_may_be_written_as_in_python():
     assert QUICK.replace({"model.loop": "None"}).model.loop is None
     assert QUICK.replace({"train.clip": "2"}).train.clip == 2.0
     assert QUICK.replace({"model.loop": "(1, 3)"}).model.loop == (1, 3)
+
+
+def test_a_setting_that_is_off_leaves_older_records_as_they_are():
+    assert "truncate" not in QUICK.config()["train"]  # 4 digits of a hash from before there was one
+    assert QUICK.config_hash()[:4] == "6e42"
+    cut = QUICK.replace({"train.truncate": "2"})
+    assert cut.config_hash() != QUICK.config_hash() and cut.changes() == ["train.truncate=2"]
+    assert cut.replace({"train.truncate": "None"}) == QUICK
+    name = "rule110-truncate-1"
+    assert sl.experiments.get(name).replace({"train.truncate": None}).changes() == ["train.truncate=null"]
 
 
 def test_a_word_may_stand_bare_where_none_is_allowed_too():
@@ -129,6 +140,7 @@ BAD = {
     "train.eviction": "soft",
     "train.precision": "float16",
     "train.eval_every": "0",
+    "train.truncate": "0",
     "task.steps": "-1",
     "model.pattern": "xyz",
     "model.num_heads": "3",
@@ -150,6 +162,9 @@ def test_a_bad_setting_is_refused_by_name(key, value):
         (TypeError, "batch", True),
         (ValueError, "steps", 0),
         (ValueError, "warmup", -1),
+        (TypeError, "truncate", 1.0),
+        (TypeError, "truncate", True),
+        (ValueError, "truncate", 0),
         (ValueError, "clip", float("nan")),
     ],
 )

@@ -140,6 +140,12 @@ def test_bad_options_are_refused(call, names, options):
         CALLS[call](tiny_model(), sequence(L), **options)
 
 
+@pytest.mark.parametrize("truncate", [0, 1.0, True])
+def test_a_bad_truncation_is_refused(truncate):
+    with pytest.raises(ValueError, match="truncate must be an int of at least 1"):
+        CALLS["sleep_forward"](tiny_model(), sequence(L), truncate=truncate)
+
+
 def test_a_window_is_asked_for_where_it_is_needed():
     with pytest.raises(ValueError, match="window must be .* got None"):
         sl.evict(tiny_model().initial_state(1), "sliding")

@@ -219,6 +219,45 @@ def count_blocks(f, *args, **options):
     return count[0]
 
 
+def gradients_at_windows(truncate, asked, windows=6):
+    """Loss, logits and last S, and the gradient that reaches the embedding of each window, None if none."""
+    model, reached = tiny_model(), []
+    honest = model.embed
+
+    def embed(tokens):
+        reached.append(honest(tokens))
+        reached[-1].retain_grad()
+        return reached[-1]
+
+    tokens = sequence(windows * L)
+    labels = labels_at(tokens, asked)
+    with patch.object(model, "embed", embed):
+        options = dict(window=L, passes=2, truncate=truncate)
+        out = sl.sleep_forward(model, tokens, labels, **options)
+        out.loss.backward()
+    values = (out.loss, out.logits, *(s for s in out.state.fast_weights if s is not None))
+    return [x.detach() for x in values], [e.grad for e in reached]
+
+
+def check_truncation_cuts_before_every_nth_nap():
+    last, middle = 5 * L + 1, 3 * L + 1
+    for asked, naps in (([last], [0, 1, 2, 3, 4]), ([middle, last], [0, 1, 2, 4])):
+        values, whole = gradients_at_windows(None, asked)
+        assert all(g.abs().max() > 1e-9 for g in whole)
+        for truncate in (1, 2, 3, 4, 5, 9):
+            same, cut = gradients_at_windows(truncate, asked)
+            assert all(torch.equal(a, b) for a, b in zip(values, same, strict=True))  # to the bit
+            kept = naps[-truncate] if truncate <= len(naps) else 0
+            for window, (a, b) in enumerate(zip(cut, whole, strict=True)):
+                if window >= kept:
+                    assert a is not None, f"no gradient reaches window {window}"
+                    close(a, b)
+                elif asked == [last]:
+                    assert a is None or not a.any(), f"the gradient reaches window {window}"
+                else:  # it may have a road to the question in the middle
+                    assert a is None or not torch.equal(a, b)
+
+
 def check_wake_cost_does_not_depend_on_N():
     model = tiny_model("agag")
     tokens = sequence(3 * L)
