@@ -228,6 +228,7 @@ def sleeps_N_times_on_prediction():
     with patch.object(sl, "sleep_forward", remember), patch.object(sl.Sleepable, "blocks", blocks):
         yield
 
+
 TRUNCATION = "check_truncation_cuts_before_every_nth_nap"
 
 
