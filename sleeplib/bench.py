@@ -4,10 +4,12 @@ A benchmark, never a test: it prints medians of runs taken in turn, so that a dr
 falls on both sides alike.
 """
 
+import json
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from . import experiments, records
-from .device import multiplies_bfloat16
+from .algorithm import IGNORE, sleep_forward
+from .device import multiplies_bfloat16, peak_bytes, tune_malloc
 from .flops import training_flops
 from .kernels import gated_delta_rule, softmax_attention
+from .model import HybridLM, ModelConfig
 from .sleeper import Sleeper
 from .training import Trainer, training_batch
 
@@ -238,6 +242,75 @@ def memory():
             command = [sys.executable, "-c", MEMORY_PROBE, str(windows), str(passes), str(checkpoint)]
             row.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         print(f"{windows:7} {passes:2} {row[0]:7} {row[1]:7}")
+
+
+def windows_at_once(model, inputs, window):
+    """Logits of a last, short window, all windows read side by side: N = 1 with "keys" eviction, in parallel.
+
+    Attention has the windows of inputs (B, T) in its batch; fast weights and convolutions run through all T.
+    """
+    h, state = model.embed(inputs), model.initial_state(len(inputs))
+    context = inputs.shape[1] // window * window
+    for i, layer in enumerate(model.layers):
+        if state.fast_weights[i] is not None:
+            h, _ = layer(h, state.block(i))
+            continue
+        past, last = h.split((context, h.shape[1] - context), dim=1)
+        past, _ = layer(past.unflatten(1, (-1, window)).flatten(0, 1), state.block(i))
+        h = torch.cat((past.unflatten(0, (len(h), -1)).flatten(1, 2), layer(last, state.block(i))[0]), dim=1)
+    return model.readout(h[:, context:])
+
+
+def step_cost(**settings):
+    """Cost of forward and backward of one batch on one thread, in a fresh process: dict of float.
+
+    ``tokens_per_second`` are tokens a second of processor time, the fastest of `repeats` steps, which other
+    programs disturb little; ``peak_bytes`` is memory above that of a step of one small window (Linux).
+    Settings and their defaults are those of :func:`_step_cost`.
+
+    Chapter: 10_training
+    """
+    command = "import json, sys, sleeplib.bench as b; print(b._step_cost(**json.loads(sys.argv[1])))"
+    command = [sys.executable, "-c", command, json.dumps(settings)]
+    seconds, memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    tokens = settings.get("batch", 4) * (settings.get("context", 1024) + QUESTION)
+    return dict(tokens_per_second=tokens / float(seconds), peak_bytes=int(memory))
+
+
+QUESTION = 16  # tokens of the last window, which is read awake
+
+
+def _step_cost(
+    batch=4, context=1024, window=128, passes=1, width=128, pattern="agag", checkpoint=False, truncate=None,
+    precision="float32", at_once=False, repeats=4,
+):  # fmt: skip
+    """Seconds of a step and its memory, as two words."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tune_malloc()
+    model = HybridLM(ModelConfig(vocab_size=64, d_model=width, num_heads=4, pattern=pattern))
+    low = precision == "bfloat16"
+
+    def step(batch, context, passes):
+        inputs = torch.randint(0, 64, (batch, context + QUESTION))
+        labels = torch.full_like(inputs, IGNORE)
+        labels[:, context:] = 1
+        model.zero_grad()
+        began = time.process_time()
+        with torch.autocast("cpu", dtype=torch.bfloat16) if low else nullcontext():
+            if at_once:
+                logits = windows_at_once(model, inputs, window).flatten(0, 1)
+                loss = F.cross_entropy(logits.float(), labels[:, context:].flatten())
+            else:
+                options = dict(window=window, passes=passes, checkpoint=checkpoint, truncate=truncate)
+                loss = sleep_forward(model, inputs, labels, return_logits=False, **options).loss
+        loss.backward()
+        return time.process_time() - began
+
+    step(1, window, 1)
+    before = peak_bytes(torch.device("cpu"))
+    seconds = min([step(batch, context, passes) for _ in range(repeats + 1)][1:])
+    return f"{seconds} {peak_bytes(torch.device('cpu')) - before}"
 
 
 def gpu(repeats, preset="rule110-small"):
