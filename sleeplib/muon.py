@@ -15,7 +15,7 @@ class Muon(torch.optim.Muon):
     steps in bfloat16, times ``sqrt(max(1, rows / columns))``, or ``0.2 * sqrt(max(rows, columns))`` if
     `adjust_lr_fn` is "match_rms_adamw".
 
-    Chapter: 11_rule110
+    Chapter: 10_training
     """
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and
 def make_optimizers(model, train):
     """Muon for the hidden matrices, AdamW for embeddings, head, norms, biases, filters and decay rates.
 
-    Chapter: 11_rule110
+    Chapter: 10_training
     """
     matrices, rest = [], []
     for name, p in model.named_parameters():
