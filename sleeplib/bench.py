@@ -4,7 +4,7 @@ A benchmark, never a test: it prints medians of runs taken in turn, so that a dr
 falls on both sides alike.
 """
 
-import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -262,7 +262,7 @@ def windows_at_once(model, inputs, window):
 
 
 def step_cost(**settings):
-    """Cost of forward and backward of one batch on one thread, in a fresh process: dict of float.
+    """Cost of forward and backward of one batch on one thread, in a process of its own: dict of float.
 
     ``tokens_per_second`` are tokens a second of processor time, the fastest of `repeats` steps, which other
     programs disturb little; ``peak_bytes`` is memory above that of a step of one small window (Linux).
@@ -270,21 +270,29 @@ def step_cost(**settings):
 
     Chapter: 10_training
     """
-    command = "import json, sys, sleeplib.bench as b; print(b._step_cost(**json.loads(sys.argv[1])))"
-    command = [sys.executable, "-c", command, json.dumps(settings)]
-    seconds, memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    receive, send = context.Pipe(duplex=False)
+    worker = context.Process(target=_step_cost, args=(send,), kwargs=settings)
+    worker.start()
+    send.close()
+    try:
+        seconds, memory = receive.recv()
+    except EOFError:
+        raise RuntimeError(f"the step failed, see above; settings {settings}") from None
+    finally:
+        worker.join()
     tokens = settings.get("batch", 4) * (settings.get("context", 1024) + QUESTION)
-    return dict(tokens_per_second=tokens / float(seconds), peak_bytes=int(memory))
+    return dict(tokens_per_second=tokens / seconds, peak_bytes=memory)
 
 
 QUESTION = 16  # tokens of the last window, which is read awake
 
 
 def _step_cost(
-    batch=4, context=1024, window=128, passes=1, width=128, pattern="agag", checkpoint=False, truncate=None,
+    pipe, batch=4, context=1024, window=128, passes=1, width=128, pattern="agag", checkpoint=False, truncate=None,
     precision="float32", at_once=False, repeats=4,
 ):  # fmt: skip
-    """Seconds of a step and its memory, as two words."""
+    """Send the seconds of a step and its memory down a pipe."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tune_malloc()
@@ -310,7 +318,7 @@ def _step_cost(
     step(1, window, 1)
     before = peak_bytes(torch.device("cpu"))
     seconds = min([step(batch, context, passes) for _ in range(repeats + 1)][1:])
-    return f"{seconds} {peak_bytes(torch.device('cpu')) - before}"
+    pipe.send((seconds, peak_bytes(torch.device("cpu")) - before))
 
 
 def gpu(repeats, preset="rule110-small"):
