@@ -84,10 +84,12 @@ def scorecard(args):
 
 
 def bench(args):
-    """Time the kernels and a training step beside transformers' implementations."""
-    from .bench import main
+    """Time the kernels and a training step beside transformers' implementations, or the paper's Figure 6."""
+    from .bench import figure6, main
 
-    return main(repeats=args.repeats)
+    if args.dry_run and not args.figure6:
+        raise ValueError("--dry-run goes with --figure6")
+    return figure6(args.dry_run) if args.figure6 else main(repeats=args.repeats)
 
 
 def doctor(args):
@@ -142,7 +144,10 @@ def parser():
     p.add_argument("--scale", default="quick", help="quick, rate, ablation, small or paper")
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
-    add("bench", bench).add_argument("--repeats", type=int, default=9)
+    p = add("bench", bench)
+    p.add_argument("--repeats", type=int, default=9)
+    p.add_argument("--figure6", action="store_true", help="throughput at the paper's Figure 6, on one GPU")
+    p.add_argument("--dry-run", action="store_true", help="its predicted cost, and a small shape on the CPU")
     add("doctor", doctor)
     p = add("gpu-check", gpu_check)
     p.add_argument("--device", default="cuda", help="cpu: a dry run at a small shape")

@@ -184,6 +184,7 @@ def test_a_finished_run_is_replaced_only_when_told_to(capsys, tmp_path):
         ("train.steps", ["run", "rule110-quick", "--passes", "1", "--set", "train.steps=few"]),
         ("KEY=VALUE", ["run", "rule110-quick", "--passes", "1", "--set", "train.steps"]),
         ("width", ["run", "rule110-quick", "--passes", "1", "--set", "task.width=0"]),
+        ("dry-run goes with --figure6", ["bench", "--dry-run"]),
         ("device", ["run", "rule110-quick", "--passes", "1", "--device", "abacus"]),
         ("device", ["run", "rule110-quick", "--passes", "1", "--device", "cuda:99"]),
         ("--passes", ["run", "rule110-quick", "--passes", "many"]),
