@@ -290,8 +290,8 @@ QUESTION = 16  # tokens of the last window, which is read awake
 
 
 def _step_cost(
-    pipe, batch=4, context=1024, window=128, passes=1, width=128, pattern="agag", checkpoint=False, truncate=None,
-    precision="float32", at_once=False, repeats=4,
+    pipe, batch=4, context=1024, window=128, passes=1, width=128, pattern="agag", checkpoint=False,
+    truncate=None, precision="float32", at_once=False, repeats=4,
 ):  # fmt: skip
     """Send the seconds of a step and its memory down a pipe."""
     torch.set_num_threads(1)

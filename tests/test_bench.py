@@ -31,13 +31,12 @@ def test_the_predicted_cost_is_nearly_the_counted_one():
 
 
 def test_step_cost_measures_every_kind_of_step():
-    before = torch.get_num_threads()
-    try:
-        for options in ({}, dict(at_once=True), dict(checkpoint=True, truncate=1, precision="bfloat16")):
-            found = bench._step_cost(1, 32, 16, 2, width=16, repeats=1, **options).split()
-            assert float(found[0]) > 0 and int(found[1]) >= 0
-    finally:
-        torch.set_num_threads(before)
+    small = dict(batch=1, context=32, window=16, passes=2, width=16, repeats=1)
+    for options in ({}, dict(at_once=True), dict(checkpoint=True, truncate=1, precision="bfloat16")):
+        found = bench.step_cost(**small, **options)
+        assert found["tokens_per_second"] > 0 and found["peak_bytes"] >= 0
+    with pytest.raises(RuntimeError, match="the step failed"):
+        bench.step_cost(**small, truncate=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
