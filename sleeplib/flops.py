@@ -125,7 +125,7 @@ def training_bytes(experiment, passes, batch=None, precision=None):
     ValueError
         If an argument does not fit.
 
-    Chapter: 11_rule110
+    Chapter: 10_training
     """
     experiment = get(experiment)
     task, train = experiment.task, experiment.train
@@ -162,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
     ----------
     now, peak : int
 
-    Chapter: 11_rule110
+    Chapter: 10_training
     """
 
     def __init__(self):

@@ -58,7 +58,7 @@ def gpu_check(device="cuda", out="gpu-check.json", minutes=10, say=print):
     ValueError, OSError
         If there is no such device, `minutes` is no positive number, or `out` cannot be written.
 
-    Chapter: 11_rule110
+    Chapter: 10_training
     """
     try:
         device = machine.find_device(device)
