@@ -12,6 +12,7 @@ from .gpu_check import gpu_check as check_gpu
 from .reproduce import core_hours, runs_of
 from .reproduce import reproduce as reproduce_all
 from .scorecard import scorecard as judge_all
+from .scorecard import to_json
 
 OUT = "data/results of a checkout, else ./sleeplib-results"
 STATES = ("done", "failed", "begun", "to do")
@@ -75,12 +76,17 @@ def reproduce(args):
 
 def scorecard(args):
     """Print the paper's claims beside what the records show."""
-    for row in judge_all(args.out):
+    rows = judge_all(args.out)
+    if args.json:
+        print(to_json(rows))
+        return
+    for row in rows:
         print(f"Figure {row['figure']}: {row['claim']}: {row['verdict'].upper()}")
         print(f"    paper  {row['paper']}")
         print(f"    ours   {row['ours']}  ({row['scale']}; seeds: {row['seeds']}; {row['device']})")
         if row["whole"]:
             print(f"    steps  {row['steps']}; from first to last {row['whole']}")
+            print(f"    runs   {len(row['commands'])}, such as: {row['commands'][0]}")
 
 
 def bench(args):
@@ -125,7 +131,8 @@ def parser():
         return command
 
     add("list", list_presets)
-    add("scorecard", scorecard)
+    p = add("scorecard", scorecard)
+    p.add_argument("--json", action="store_true", help="for programs: with the command of every run")
     p = add("sample", sample)
     p.add_argument("task", choices=tasks.TASKS)
     p.add_argument("--split", choices=("train", "test"), default="train")

@@ -39,7 +39,7 @@ class Interval:
     @property
     def sign(self):
         """1 if the whole interval lies above zero, -1 if below, 0 if it holds zero: nothing is decided."""
-        return (self.value > self.half) - (self.value < -self.half)
+        return int(self.value > self.half) - int(self.value < -self.half)  # NumPy's booleans know no minus
 
     def __str__(self):
         return f"{self.value:+.3f} ± {self.half:.3f}"

@@ -17,9 +17,9 @@ A difference is none if it is surely smaller than MARGIN.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
-from math import inf
+from math import inf, isfinite
 from statistics import mean
 
 from .intervals import Interval, paired_interval
@@ -60,13 +60,14 @@ def judge(claim, out=None):
 
     Its `runs` list what can bear on it, the paper's own first, marked as `full`: `presets`, and the `seeds`
     that no setting was chosen on; `score` is as in :func:`score`.  Gives a dict of ``figure``, ``claim``,
-    ``paper``, ``ours``, ``steps``, ``whole`` (an :class:`Interval`), ``scale``, ``seeds``, ``device`` and
-    ``verdict``; `out` is as in :func:`load_records`.
+    ``paper``, ``ours``, ``steps``, ``whole`` (an :class:`Interval`), ``scale``, ``seeds``, ``device``,
+    ``verdict`` and ``commands``, what made the runs; `out` is as in :func:`load_records`.
 
-    Chapter: 11_rule110
+    Chapter: 14_scorecard
     """
     row = {key: claim[key] for key in ("figure", "claim", "paper")}
     row |= dict(ours="-", steps="-", whole=None, scale="-", seeds="-", device="-", verdict="not run")
+    row["commands"] = []
     by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
     for runs in claim["runs"]:
         used, groups = [], {}
@@ -86,13 +87,27 @@ def judge(claim, out=None):
         small = ", ".join(p for p in runs["presets"] if p in names) + ", smaller than the paper's"
         row["scale"], row["seeds"], row["whole"] = "the paper's" if full else small, str(whole.seeds), whole
         row["device"] = ", ".join(sorted({r["device"] for r in used}))
+        row["commands"] = [r["command"] for r in used]
         row["verdict"] = verdict(steps, whole, -1 if by_steps else 1, full)
         break
     return row
 
 
 def verdict(steps, whole, way, full):
-    """The verdict of the table above; `way` is 1 if a claim is that scores rise, -1 if that they fall."""
+    """The verdict of the table above; `way` is 1 if a claim is that scores rise, -1 if that they fall.
+
+    Parameters
+    ----------
+    steps : list of Interval
+        From each value of N (or t) to the next.
+    whole : Interval
+        From the first to the last.
+    way : {1, -1}
+    full : bool
+        Whether the runs have the paper's own settings.
+
+    Chapter: 14_scorecard
+    """
 
     def none(x):
         return abs(x.value) + x.half < MARGIN
@@ -107,7 +122,19 @@ def verdict(steps, whole, way, full):
 def scorecard(out=None):
     """Judge every claim of ``data/paper/claims.json``: a list of the dicts of :func:`judge`.
 
-    Chapter: 11_rule110
+    Chapter: 14_scorecard
     """
     claims = json.loads((data_dir() / "paper" / "claims.json").read_text())
     return [judge(claim, out) for claim in claims]
+
+
+def to_json(rows):
+    """The rows of :func:`scorecard` as JSON; an endless interval, of a single seed, has ``null`` as its half.
+
+    Chapter: 14_scorecard
+    """
+    plain = []
+    for row in rows:
+        whole = row["whole"] and {k: v if isfinite(v) else None for k, v in asdict(row["whole"]).items()}
+        plain.append(row | dict(whole=whole))
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)

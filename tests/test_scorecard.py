@@ -9,7 +9,7 @@ import sleeplib as sl
 from sleeplib import records
 from sleeplib.__main__ import main
 from sleeplib.intervals import STUDENT, Interval, paired_interval, proportion_error, seed_interval
-from sleeplib.scorecard import difference, judge, score
+from sleeplib.scorecard import difference, judge, score, to_json
 
 RISES = dict(figure="0", claim="more is better", paper="-", kind="rises with passes", score="exact")
 RISES["runs"] = [
@@ -38,6 +38,12 @@ def test_every_claim_is_judged_by_presets_that_exist(capsys):
         assert f"Figure {claim['figure']}: {claim['claim']}: " in out
         for runs in claim["runs"]:
             assert all(sl.experiments.get(name) for name in runs["presets"])
+    assert main(["scorecard", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["claim"] for row in rows] == [claim["claim"] for claim in claims]
+    for row in rows:
+        assert bool(row["commands"]) == (row["verdict"] != "not run")
+        assert all("run" in command and "--seed" in command for command in row["commands"])
 
 
 NEAR = (0.0, 0.01, -0.01)  # how seeds differ
@@ -96,6 +102,7 @@ def test_a_single_seed_decides_nothing(tmp_path):
     save(tmp_path, "rule110-paper", {1: [0.1], 4: [0.9]})
     row = judge(RISES, tmp_path)
     assert row["verdict"] == "open" and row["seeds"] == "1" and row["whole"].half == np.inf
+    assert json.loads(to_json([row | dict(commands=[])]))[0]["whole"] == dict(value=0.8, half=None, seeds=1)
     # Of seeds that only one side has nothing is compared, where there is a shared one.
     assert difference({0: 0.2, 1: 0.8}, {1: 0.7}).value == pytest.approx(-0.1)
     assert difference({0: 0.2, 1: 0.4}, {2: 0.7}) == Interval(pytest.approx(0.4), np.inf, 0)
@@ -129,6 +136,7 @@ def test_intervals_by_hand():
         and paired.seeds == 2
     )
     assert [Interval(x, 0.1, 3).sign for x in (0.2, 0.05, -0.05, -0.2)] == [1, 0, 0, -1]
+    assert Interval(np.float64(-0.2), np.float64(0.1), 3).sign == -1
     assert str(Interval(0.1534, 0.0612, 3)) == "+0.153 ± 0.061"
 
 
