@@ -84,4 +84,7 @@ def test_the_constraints_carry_no_local_builds_or_addresses():
 def test_the_version_is_said_once():
     import sleeplib
 
-    assert getattr(sleeplib, "__version__", PROJECT["version"]) == PROJECT["version"]
+    version = PROJECT["version"]
+    assert getattr(sleeplib, "__version__", version) == version
+    for path, words in (("CITATION.cff", "version: "), ("book/intro.md", "Version "), ("CHANGELOG.md", "## ")):
+        assert f"{words}{version}" in (ROOT / path).read_text(), path
