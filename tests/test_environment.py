@@ -86,5 +86,6 @@ def test_the_version_is_said_once():
 
     version = PROJECT["version"]
     assert getattr(sleeplib, "__version__", version) == version
-    for path, words in (("CITATION.cff", "version: "), ("book/intro.md", "Version "), ("CHANGELOG.md", "## ")):
+    said = {"CITATION.cff": "version: ", "book/intro.md": "Version ", "CHANGELOG.md": "## "}
+    for path, words in said.items():
         assert f"{words}{version}" in (ROOT / path).read_text(), path
