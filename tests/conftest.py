@@ -1,5 +1,27 @@
-"""Threads that wait do not spin: tests share their cores, and a spinning thread keeps others from working."""
+"""Threads that wait do not spin, since tests share their cores; and the built site, for those that read it."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads its OpenMP
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """Folder of the built pages."""
+    if not os.environ.get("SLEEPLIB_TEST_SITE"):
+        built = ROOT / "_build" / "html"
+        if not built.is_dir():
+            pytest.skip("the book is not built; set SLEEPLIB_TEST_SITE=1 to build it here")
+        return built
+    out = tmp_path_factory.mktemp("site")
+    tool = Path(sys.executable).with_name("jupyter-book")
+    command = [tool, "build", ".", "-W", "--keep-going", "--all", "--path-output", out]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return out / "_build" / "html"

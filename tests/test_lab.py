@@ -5,15 +5,16 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_site import ROOT, site  # noqa: F401  the built pages
 
 import sleeplib as sl
 from sleeplib.records import kept_model_path
 
+ROOT = Path(__file__).resolve().parent.parent
 NODE, BROWSER = shutil.which("node"), shutil.which("chromium")
 SCRIPT = """
 const fs = require("fs"), { Hybrid } = require("./book/_assets/lab/model.js");
@@ -59,7 +60,7 @@ def test_the_model_of_the_lab_is_that_of_sleeplib(trained, passes):
 @pytest.mark.slow
 @pytest.mark.xdist_group("site")
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_the_lab_answers_in_a_browser_without_a_server(site):  # noqa: F811
+def test_the_lab_answers_in_a_browser_without_a_server(site):
     page = (site / "book" / "lab.html").resolve().as_uri()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     dom = subprocess.run([BROWSER, *options, page], capture_output=True, text=True, timeout=120).stdout

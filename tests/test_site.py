@@ -1,9 +1,6 @@
 """The built pages, as a reader without a network gets them. SLEEPLIB_TEST_SITE=1 builds them first."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,22 +20,6 @@ FETCHED = {
     "link": "href",
 }
 REMOTE = re.compile(r"^\s*(https?:)?//")
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """Folder of the built pages."""
-    if not os.environ.get("SLEEPLIB_TEST_SITE"):
-        built = ROOT / "_build" / "html"
-        if not built.is_dir():
-            pytest.skip("the book is not built; set SLEEPLIB_TEST_SITE=1 to build it here")
-        return built
-    out = tmp_path_factory.mktemp("site")
-    tool = Path(sys.executable).with_name("jupyter-book")
-    command = [tool, "build", ".", "-W", "--keep-going", "--all", "--path-output", out]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return out / "_build" / "html"
 
 
 @pytest.fixture(scope="session")
