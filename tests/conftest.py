@@ -1,4 +1,4 @@
-"""Threads that wait do not spin, since tests share their cores; and the built site, for tests that read it."""
+"""Threads that wait do not spin, since tests share their cores; and the built site for its tests."""
 
 import os
 import subprocess
