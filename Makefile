@@ -47,6 +47,7 @@ endif
 
 notebooks: $(STAMP)  ## execute the chapters whose source changed (ALL=1: all of them)
 	$(PY) book/build.py $(if $(ALL),--all)
+	$(PY) book/runners.py
 
 lab: $(STAMP)  ## open the chapters in JupyterLab
 	.venv/bin/jupyter-lab --notebook-dir=book
