@@ -95,5 +95,5 @@ def test_launch_links_derive_from_the_configuration(pages):
         soup = pages[Path("book") / f"{source.stem}.html"]
         links = [a["href"] for a in soup.find_all("a", href=re.compile("colab"))]
         assert links == [
-            f"https://colab.research.google.com/github/{name}/blob/{repository['branch']}/book/{source.stem}.ipynb"
+            f"https://colab.research.google.com/github/{name}/blob/{repository['branch']}/colab/{source.stem}.ipynb"
         ]
