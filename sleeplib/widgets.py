@@ -84,6 +84,101 @@ class FrameSlider:
         return f"{self.title}: a slider over {len(self.labels)} frames, {self.labels[0]} to {self.labels[-1]}"
 
 
+# A guess is redrawn when a slider moves; opening the details shows the measured curve beside it.
+_ON_GUESS = (
+    "const f=this.closest('figure'),v=[...f.querySelectorAll('input')].map(i=>+i.value);"
+    "this.setAttribute('aria-valuetext',(this.value/100).toFixed(2));"
+    "const s=+f.dataset.step,p=v.map((y,i)=>(60+i*s)+','+(190-1.7*y)).join(' ');"
+    "f.querySelector('.sl-guess').setAttribute('points',p)"
+)
+_ON_REVEAL = (
+    "const f=this.closest('figure'),v=[...f.querySelectorAll('input')].map(i=>i.value/100);"
+    "f.querySelector('.sl-measured').style.display=this.open?'':'none';"
+    "const m=JSON.parse(f.dataset.measured),e=m.reduce((a,y,i)=>a+Math.abs(y-v[i]),0)/m.length;"
+    "f.querySelector('output').textContent='Your guess is off by '+e.toFixed(2)+' in the mean.'"
+)
+
+
+def predict(labels, measured, title):
+    """Ask the reader for a guess at each of a few shares, and show the measured ones only when asked.
+
+    It works without a kernel and without a network: sliders for the guess, a curve, and a part to unfold.
+
+    Parameters
+    ----------
+    labels : list of str
+        What is asked for, such as ``"t = 4"``.
+    measured : list of float
+        Shares from 0 to 1, one for each label.
+    title : str
+        The question.
+
+    Returns
+    -------
+    Prediction
+        Displays itself as the last value of a cell.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two labels, not one share for each, or a share outside 0 to 1.
+    """
+    labels, measured = [str(label) for label in labels], [float(x) for x in measured]
+    if len(labels) < 2 or len(labels) != len(measured):
+        raise ValueError(
+            f"labels and measured must be of one length, at least 2; got {len(labels)}, {len(measured)}"
+        )
+    if not all(0 <= x <= 1 for x in measured):
+        raise ValueError(f"measured must be shares from 0 to 1; got {measured}")
+    return Prediction(labels, measured, title)
+
+
+class Prediction:
+    """The HTML that :func:`predict` makes."""
+
+    def __init__(self, labels, measured, title):
+        self.labels, self.measured, self.title = labels, measured, title
+
+    def _repr_html_(self):
+        step = 400 // (len(self.labels) - 1)
+        xs, title = [60 + i * step for i in range(len(self.labels))], html.escape(self.title)
+
+        def line(shares, kind, style):
+            points = " ".join(f"{x},{190 - 170 * y:.1f}" for x, y in zip(xs, shares))
+            return f'<polyline class="{kind}" points="{points}" fill="none" stroke-width="3" {style}/>'
+
+        words = [html.escape(label) for label in self.labels]
+        ticks = "".join(f'<text x="{x}" y="210" text-anchor="middle">{w}</text>' for x, w in zip(xs, words))
+        scale = "".join(
+            f'<line x1="50" x2="{xs[-1] + 10}" y1="{190 - 170 * y}" y2="{190 - 170 * y}" stroke="#ccc"/>'
+            f'<text x="44" y="{194 - 170 * y}" text-anchor="end">{y}</text>'
+            for y in (0, 0.5, 1)
+        )
+        sliders = "".join(
+            '<label style="display:flex;gap:.5em;align-items:center">'
+            f'<span style="min-width:4.5em">{w}</span>'
+            '<input type="range" min="0" max="100" value="50" autocomplete="off" aria-valuetext="0.50" '
+            f'style="flex:1;min-height:2em" aria-label="your guess at {w}" '
+            f'oninput="{html.escape(_ON_GUESS)}"></label>'
+            for w in words
+        )
+        told = ", ".join(f"{w}: {y:.2f}" for w, y in zip(words, self.measured))
+        guess = line([0.5] * len(xs), "sl-guess", 'stroke="#777777" stroke-dasharray="6 4"')
+        found = line(self.measured, "sl-measured", 'stroke="#0072B2" style="display:none"')
+        return (
+            f'<figure class="sl-predict" style="margin:1em 0;max-width:520px" data-step="{step}" '
+            f'data-measured="{html.escape(json.dumps(self.measured))}">'
+            f"<figcaption><b>Predict first.</b> {title}</figcaption>"
+            '<svg viewBox="0 0 480 220" style="width:100%;background:#fff;font:13px sans-serif" role="img" '
+            f'aria-label="Your guess as a dashed line">{scale}{ticks}{guess}{found}</svg>{sliders}'
+            f'<details ontoggle="{html.escape(_ON_REVEAL)}"><summary>Show what was measured</summary>'
+            f"<p>{told}. <output></output></p></details></figure>"
+        )
+
+    def __repr__(self):
+        return f"{self.title} (a guess, then the measured values of {len(self.labels)} points)"
+
+
 def interact_or_frames(draw, name, values, alt, live=None, **options):
     """Show `draw` under a slider: frames for everyone, and `ipywidgets.interact` where a kernel is live.
 

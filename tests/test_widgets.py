@@ -155,3 +155,16 @@ def test_a_trainer_and_its_curve_are_drawn_like_a_record():
 def test_sleeplib_itself_imports_no_plots():
     code = "import sys, sleeplib; sys.exit(bool({'seaborn', 'ipywidgets', 'IPython'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_prediction_hides_what_was_measured_until_it_is_asked_for():
+    page = widgets.predict(["t = 4", "a < b"], [1.0, 0.25], "How many?")._repr_html_()
+    soup = BeautifulSoup(page, "html.parser")
+    assert soup.find(class_="sl-measured")["style"] == "display:none"
+    assert [i["aria-label"] for i in soup.find_all("input")] == ["your guess at t = 4", "your guess at a < b"]
+    assert json.loads(soup.figure["data-measured"]) == [1.0, 0.25]
+    assert "t = 4: 1.00, a < b: 0.25" in soup.details.p.text
+    assert "points" in soup.find(class_="sl-guess").attrs and "http" not in page
+    for labels, measured in ((["a"], [0.5]), (["a", "b"], [0.5]), (["a", "b"], [0.5, 1.5])):
+        with pytest.raises(ValueError, match="^(labels|measured)"):
+            widgets.predict(labels, measured, "?")
