@@ -86,10 +86,10 @@ class FrameSlider:
 
 # A guess is redrawn when a slider moves; opening the details shows the measured curve beside it.
 _ON_GUESS = (
-    "const f=this.closest('figure'),v=[...f.querySelectorAll('input')].map(i=>+i.value);"
-    "this.setAttribute('aria-valuetext',(this.value/100).toFixed(2));"
-    "const s=+f.dataset.step,p=v.map((y,i)=>(60+i*s)+','+(190-1.7*y)).join(' ');"
-    "f.querySelector('.sl-guess').setAttribute('points',p)"
+    "const v=[...this.querySelectorAll('input')].map(i=>+i.value),t=event.target;"
+    "t.setAttribute('aria-valuetext',(t.value/100).toFixed(2));"
+    "const s=+this.dataset.step,p=v.map((y,i)=>(60+i*s)+','+(190-1.7*y)).join(' ');"
+    "this.querySelector('.sl-guess').setAttribute('points',p)"
 )
 _ON_REVEAL = (
     "const f=this.closest('figure'),v=[...f.querySelectorAll('input')].map(i=>i.value/100);"
@@ -158,8 +158,7 @@ class Prediction:
             '<label style="display:flex;gap:.5em;align-items:center">'
             f'<span style="min-width:4.5em">{w}</span>'
             '<input type="range" min="0" max="100" value="50" autocomplete="off" aria-valuetext="0.50" '
-            f'style="flex:1;min-height:2em" aria-label="your guess at {w}" '
-            f'oninput="{html.escape(_ON_GUESS)}"></label>'
+            f'style="flex:1;min-height:2em" aria-label="your guess at {w}"></label>'
             for w in words
         )
         told = ", ".join(f"{w}: {y:.2f}" for w, y in zip(words, self.measured))
@@ -167,6 +166,7 @@ class Prediction:
         found = line(self.measured, "sl-measured", 'stroke="#0072B2" style="display:none"')
         return (
             f'<figure class="sl-predict" style="margin:1em 0;max-width:520px" data-step="{step}" '
+            f'oninput="{html.escape(_ON_GUESS)}" '
             f'data-measured="{html.escape(json.dumps(self.measured))}">'
             f"<figcaption><b>Predict first.</b> {title}</figcaption>"
             '<svg viewBox="0 0 480 220" style="width:100%;background:#fff;font:13px sans-serif" role="img" '
