@@ -91,7 +91,8 @@ def scorecard(args):
 
 def bench(args):
     """Time the kernels and a training step beside transformers' implementations, or the paper's Figure 6."""
-    from .bench import figure6, main
+    from .bench import main
+    from .throughput import figure6
 
     if args.dry_run and not args.figure6:
         raise ValueError("--dry-run goes with --figure6")

@@ -30,7 +30,7 @@ LAYERS = [
     {"training"},
     {"runs"},
     {"bench", "scorecard", "reproduce", "doctor"},
-    {"gpu_check"},
+    {"gpu_check", "throughput"},
     {"plots"},
     {"widgets"},
     {"__init__"},
