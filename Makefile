@@ -30,7 +30,7 @@ $(STAMP): constraints.txt pyproject.toml
 		cp constraints.txt .venv/constraints.txt && \
 		$(PY) -m pip install -q "$$(grep '^torch==' constraints.txt)"; \
 	fi
-	$(PY) -m pip install -q -c .venv/constraints.txt -e '.[book,lab,test]'
+	$(PY) -m pip install -q -c .venv/constraints.txt -e '.[book,lab,test,pretrained,course]'
 	touch $@
 
 test: $(STAMP)  ## lint, unit and property tests, the built site, and every chapter's stored outputs

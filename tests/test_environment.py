@@ -16,7 +16,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = ("book", "lab", "test")
+EXTRAS = ("book", "lab", "test", "pretrained", "course")
 
 
 def read_pins(path):
