@@ -5,6 +5,7 @@ SLEEPLIB_TEST_BROWSER is set, as in ``.ci/run``.
 """
 
 import functools
+import gzip
 import http.server
 import io
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def visit(chromium, site):
     """Open a page at a size and in a theme; what goes wrong on it is collected in ``page.faults``."""
     contexts = []
 
-    def visit(name, size=WIDE, theme="light", **options):
+    def visit(name, size=WIDE, theme="light", loaded=None, **options):
         context = chromium.new_context(viewport=dict(zip(("width", "height"), size)), **options)
         contexts.append(context)
         context.add_init_script(f"localStorage.mode = localStorage.theme = '{theme}'")
@@ -69,6 +71,11 @@ def visit(chromium, site):
         page.on("console", lambda message: message.type == "error" and page.faults.append(message.text))
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.on("request", lambda asked: outside(asked.url) and page.faults.append(asked.url))
+        if loaded is not None:
+            page.on(
+                "requestfinished",
+                lambda asked: asked.url.startswith("file:") and loaded.add(local(asked.url)),
+            )
         page.goto((site / f"{name}.html").resolve().as_uri())
         page.wait_for_function("() => !window.MathJax || !!MathJax.startup?.promise")
         page.evaluate("() => window.MathJax && MathJax.startup.promise.then(() => 0)")
@@ -81,6 +88,10 @@ def visit(chromium, site):
 
 def outside(address):
     return not address.startswith(("file:", "data:", "blob:"))
+
+
+def local(address):
+    return Path(unquote(urlsplit(address).path))
 
 
 def names(site):
@@ -251,8 +262,13 @@ def test_axe_finds_a_planted_fault(visit):
     assert "color-contrast" in {one["id"] for one in found}
 
 
-def test_pages_are_light(visit):
-    """What a chapter weighs: its own text and pictures, less than 1.5 MB with all that it loads but fonts."""
-    page = visit("book/11_rule110")
-    size = page.evaluate("document.documentElement.outerHTML.length")
-    assert size < 1_500_000
+def test_a_page_weighs_less_than_1500_kilobytes(visit, site):
+    """With everything that it loads, as a server sends it: text is compressed, fonts are already."""
+    for name in names(site):
+        page = visit(name, loaded=(files := set()))
+        size = 0
+        for path in files:
+            data = path.read_bytes()
+            size += len(data if path.suffix.startswith(".woff") else gzip.compress(data, 5))
+        assert size < 1_500_000, f"{name}: {size}"
+        page.context.close()
