@@ -6,16 +6,19 @@ SCALE ?= quick
 TASKS ?= rule110 depo gsm_infinite recall
 WORKERS ?= 2
 
+FILES ?= colab/*.ipynb
+
 PY := .venv/bin/python
+COLAB := .venv-colab/bin/python
 STAMP := .venv/.stamp
 # Two test workers on two cores: one thread each.
 THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test book notebooks lab reproduce clean
+.PHONY: help env test test-colab book notebooks lab reproduce clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP)  ## set up .venv from constraints.txt (the other targets do so themselves)
 
@@ -38,6 +41,13 @@ test: $(STAMP)  ## lint, unit and property tests, the built site, and every chap
 	$(THREADS) SLEEPLIB_TEST_SITE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup tests
 	$(THREADS) $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
+
+test-colab:  ## run the notebooks of colab/ under Colab's versions, in a folder with nothing else (FILES=colab/01*)
+	test -x $(COLAB) || $(PYTHON) -m venv .venv-colab
+	$(COLAB) -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(COLAB) -m pip install -q -c constraints/colab.txt . ipykernel ipywidgets matplotlib pandas pillow seaborn nbval
+	set -e; folder=$$(mktemp -d); cp $(FILES) $$folder; cd $$folder; $(THREADS) MPLBACKEND=agg \
+		$(abspath $(COLAB)) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env .
 
 book: $(STAMP)  ## build the book, warnings are errors, and serve it on 127.0.0.1:8000 (SERVE=0: only build)
 	.venv/bin/jupyter-book build . -W --keep-going --all

@@ -3,11 +3,14 @@
 import base64
 import html
 import io
+import re
 from collections import defaultdict
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.collections import QuadMesh
+from matplotlib.image import AxesImage
 from PIL import Image
 
 # N sleep passes -> colour (Okabe and Ito, told apart by colour-blind readers) and dash, for print.
@@ -32,8 +35,8 @@ def use_style():
     sns.set_theme(context="notebook", style="whitegrid", rc=rc)
 
 
-def png(fig, colors=32, dpi=110):
-    """Render a figure to a small palette PNG and close it.
+def picture(fig, colors=64, dpi=180):
+    """Render a figure to a small lossless WebP and close it.
 
     Parameters
     ----------
@@ -41,6 +44,7 @@ def png(fig, colors=32, dpi=110):
     colors : int
         Size of the palette.
     dpi : int
+        180 gives 1.6 pixels for each of a page's.
 
     Returns
     -------
@@ -54,20 +58,28 @@ def png(fig, colors=32, dpi=110):
         .convert("RGB")
         .quantize(colors, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     )
-    image.save(small, format="png", optimize=True)
+    image.convert("RGB").save(small, format="webp", lossless=True, quality=100, method=6)
     return small.getvalue()
 
 
-def img(fig, alt, **options):
+def is_chart(fig, words):
+    """Whether a dark page may invert a figure: it has no map of colours, and its words name no shade."""
+    parts = [part for ax in fig.axes for part in (*ax.images, *ax.collections)]
+    maps = any(isinstance(part, AxesImage | QuadMesh) for part in parts)
+    return not maps and not re.search(r"\b(black|white|gr[ae]y|dark|pale|light)", words.lower())
+
+
+def img(fig, alt, caption="", **options):
     """One figure as an HTML ``<img>`` that carries its own bytes and its alt text."""
     if not alt or not alt.strip():
         raise ValueError("alt must say what the figure shows; got an empty text")
-    data = base64.b64encode(png(fig, **options)).decode()
-    style = "max-width:100%;height:auto"
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">'
+    kind = 'class="sl-chart" ' if is_chart(fig, f"{alt} {caption}") else ""
+    size = f'width="{round(fig.get_figwidth() * 110)}" style="max-width:100%;height:auto"'
+    data = base64.b64encode(picture(fig, **options)).decode()
+    return f'<img {kind}src="data:image/webp;base64,{data}" alt="{html.escape(alt)}" {size}>'
 
 
-def show(fig, alt, caption=None, *, colors=64, dpi=110):
+def show(fig, alt, caption=None, *, colors=64, dpi=180):
     """Display a figure with alt text and a caption; make it the last line of a cell.
 
     Parameters
@@ -79,7 +91,7 @@ def show(fig, alt, caption=None, *, colors=64, dpi=110):
     caption : str, optional
         What to see in it.
     colors, dpi : int
-        As in :func:`png`.
+        As in :func:`picture`.
 
     Raises
     ------
@@ -88,9 +100,9 @@ def show(fig, alt, caption=None, *, colors=64, dpi=110):
     """
     from IPython.display import display
 
-    caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    picture = img(fig, alt, colors=colors, dpi=dpi)
-    page = f'<figure class="sl-figure" style="margin:1em 0">{picture}{caption}</figure>'
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    shown = img(fig, alt, caption or "", colors=colors, dpi=dpi)
+    page = f'<figure class="sl-figure" style="margin:1em 0">{shown}{below}</figure>'
     display({"text/html": page, "text/plain": f"Figure: {alt}"}, raw=True)
 
 

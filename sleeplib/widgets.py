@@ -35,7 +35,7 @@ def frame_slider(frames, labels, alt, title, **options):
     title : str
         Names the slider.
     **options
-        ``colors`` and ``dpi`` of :func:`sleeplib.plots.png`.
+        ``colors`` and ``dpi`` of :func:`sleeplib.plots.picture`.
 
     Returns
     -------
@@ -54,6 +54,7 @@ def frame_slider(frames, labels, alt, title, **options):
             "frames, labels and alt must be of one length, at least 1; "
             f"got {len(frames)}, {len(labels)}, {len(alts)}"
         )
+    options = {"colors": 32, "dpi": 130} | options  # there are many of them
     pictures = [img(figure, text, **options) for figure, text in zip(frames, alts)]
     return FrameSlider(pictures, labels, title)
 
@@ -195,7 +196,7 @@ def interact_or_frames(draw, name, values, alt, live=None, **options):
     live : optional
         What `interact` moves over, finer than `values` perhaps, such as ``(0, 32)``; `values` if absent.
     **options
-        ``colors`` and ``dpi`` of :func:`sleeplib.plots.png`.
+        ``colors`` and ``dpi`` of :func:`sleeplib.plots.picture`.
     """
     from IPython.display import display
 

@@ -68,7 +68,7 @@ def test_every_picture_has_alt_text(pages):
 def test_mathjax_is_local_and_has_its_fonts(site, pages):
     name = re.compile("mathjax", re.IGNORECASE)
     scripts = [s["src"].split("?")[0] for soup in pages.values() for s in soup.find_all("script", src=name)]
-    assert scripts and all(s.endswith("_static/vendor/mathjax/tex-mml-chtml.js") for s in scripts)
+    assert scripts and all(s.endswith("_static/vendor/mathjax/startup.js") for s in scripts)
     fonts = site / "_static/vendor/mathjax/output/chtml/fonts/woff-v2"
     assert (fonts / "MathJax_Main-Regular.woff").exists()
 

@@ -40,7 +40,7 @@ def test_frames_labels_and_alt_texts():
     images = soup.find_all("img")
     assert [i["alt"] for i in images] == ["A line at t = 0", "A line at t = 1", "A line at t = 2"]
     assert ["display:none" in i["style"] for i in images] == [False, True, True]
-    assert all(i["src"].startswith("data:image/png;base64,") for i in images)
+    assert all(i["src"].startswith("data:image/webp;base64,") for i in images)
     control = soup.find("input")
     assert control["type"] == "range" and (control["min"], control["max"]) == ("0", "2")
     assert control["aria-label"] == 'A "line" & time' and control["aria-valuetext"] == "t = 0"
@@ -57,12 +57,26 @@ def test_no_network_no_kernel_no_chance():
 
 
 def test_frames_are_small_and_opaque():
-    data = plots.png(draw(1))
+    data = plots.picture(draw(1))
     image = Image.open(io.BytesIO(data))
-    assert image.mode == "P" and len(data) < 10_000
+    assert image.format == "WEBP" and len(data) < 10_000
     pixels = np.asarray(image.convert("RGBA"))
     assert (pixels[..., 3] == 255).all() and (pixels[0, 0] == 255).all()
     assert not plt.get_fignums(), "figures are closed"
+
+
+def test_only_charts_of_lines_turn_dark():
+    def kind(fig, alt, caption=""):
+        return BeautifulSoup(plots.img(fig, alt, caption), "html.parser").img.get("class")
+
+    assert kind(draw(1), "A line") == ["sl-chart"]
+    assert kind(draw(1), "A line", "Beyond the black line it fails.") is None
+    fig, ax = plt.subplots()
+    ax.imshow(np.eye(3))
+    assert kind(fig, "A map") is None
+    fig, ax = plt.subplots()
+    ax.pcolormesh(np.eye(3))
+    assert kind(fig, "A map") is None
 
 
 def test_colours_of_n_survive_the_palette():
@@ -71,7 +85,7 @@ def test_colours_of_n_survive_the_palette():
     x = np.linspace(0, 1, 20)
     for n in (1, 2, 3, 4):
         plots.band(ax, x, [x**n, x**n + 0.1], color=plots.COLORS[n])
-    pixels = np.asarray(Image.open(io.BytesIO(plots.png(fig))).convert("RGB")).reshape(-1, 3).astype(int)
+    pixels = np.asarray(Image.open(io.BytesIO(plots.picture(fig))).convert("RGB")).reshape(-1, 3).astype(int)
     for n in (1, 2, 3, 4):
         wanted = np.array([int(plots.COLORS[n][i : i + 2], 16) for i in (1, 3, 5)])
         assert abs(pixels - wanted).sum(1).min() <= 24, f"N = {n}"
