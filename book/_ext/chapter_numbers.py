@@ -6,13 +6,16 @@ from docutils import nodes
 
 
 def chapter(docname):
-    """8 for ``book/08_sleep``; None for a page that is no chapter."""
-    found = re.match(r"book/(\d\d)_", docname)
+    """8 for ``book/08_sleep``; None for a page that is no chapter, such as the lab record of one."""
+    found = re.match(r"book/(\d\d)_(?!.*_lab$)", docname)
     return found and int(found[1])
 
 
 def number_title(app, doctree):
-    """Turn the title of ``book/08_sleep`` into "8. Sleep", in the page, the menu and the links to it."""
+    """Turn the title of ``book/08_sleep`` into "8. Sleep", in the page, the menu and the links to it.
+
+    A lab record, ``book/11_rule110_lab``, lies under its chapter in the menu and has no number of its own.
+    """
     title = next(iter(doctree.findall(nodes.title)), None)
     if chapter(app.env.docname) and title is not None:
         title.insert(0, nodes.Text(f"{chapter(app.env.docname)}. "))
