@@ -5,7 +5,7 @@ import dataclasses
 from .baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
 from .experiments import PRESETS, Experiment, TrainConfig
 from .model import ModelConfig
-from .tasks import Depo, GSMInfinite, Recall, Rule110
+from .tasks import Depo, GSMInfinite, Recall, Rule110, Text
 
 
 def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model):
@@ -224,3 +224,30 @@ for task, (base, arms) in against.items():
                 continue
             parts = dict(model=kind(**plain | settings), passes=passes, seeds=seeds)
             _vary(base, name, {"train.muon_lr": rate}, f"{base}, {about}; Muon's rate {rate}", **parts)
+
+# Sleep for a pretrained model (chapter 16): small models learn to read, then to sleep.  What is compared has
+# read as many tokens in all: 300 steps of text and 150 of sleep, or 450 of sleep.
+story = dict(places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
+story |= dict(theme="harbor", level="medium", mode="forward")
+task = GSMInfinite(ops=(1, 3), tokens=(40, 56), window=56, **story)
+train = TrainConfig(300, 32, muon_lr=8e-3, adamw_lr=1e-3, decay=100, eval_every=25, eval_batch=256)
+small = dict(d_model=64, mlp_size=128)
+about = "pretraining: the next token of short stories, everything in the cache; minutes on one CPU core"
+_add("gsm_infinite-text", Text(task), train, about, passes=(1,), **small)
+about = "the same for a transformer of two blocks"
+_add("gsm_infinite-text-attention", Text(task), train, about, passes=(1,), pattern="aa", **small)
+read, last = "gsm_infinite-text/N1-seed{seed}", dict(steps=150, decay=50)
+inserted = dict(start="gsm_infinite-text-attention/N1-seed{seed}")
+taught = {
+    "scratch": (dict(steps=450, decay=150), "from scratch"),
+    "all": (last | dict(start=read), "the pretrained hybrid, everything at once"),
+    "warmup": (last | dict(start=read, trains="fast-then-all"), "the pretrained hybrid, fast weights first"),
+    "insert-all": (last | inserted, "fast-weight blocks inserted into the transformer, everything at once"),
+    "insert-warmup": (last | inserted | dict(trains="fast-then-all"), "the same, fast-weight blocks first"),
+}
+for arm, (settings, about) in taught.items():
+    for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"):
+        name = f"gsm_infinite-taught-{arm}-{rate}"
+        changed = dataclasses.replace(train, muon_lr=float(rate), **settings)
+        parts = dict(passes=(1, 4), seeds=(0,))
+        _add(name, task, changed, f"learning to sleep: {about}; Muon's rate {rate}", **parts, **small)

@@ -19,6 +19,7 @@ from .algorithm import awake_chunks, sleep_forward
 from .checks import integer
 from .evaluation import evaluate, held_out
 from .experiments import get
+from .finetune import choose_trained, fast_parameters, start_from
 from .flops import training_bytes
 from .muon import Muon
 from .tasks import TASKS, stream
@@ -166,6 +167,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             self.model = experiment.model.build().to(self.device)
+        if train.start is not None:
+            start_from(self.model, train.start.replace("{seed}", str(self.seed)))
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
@@ -180,8 +183,8 @@ class Trainer:
         self.micro_batches = micro_batches if self.parts_given else self.fitting_parts()
         self.workers = 0 if self.device.type == "cpu" else min(4, len(cores()))
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
-        self.graph = self.captured = None  # a captured step, and its eviction
-        self.in_step = processes.in_step(self.model, self.loss)
+        self.graph = self.captured = None  # a captured step, and its eviction and what it trains
+        self.in_step, self.trains = processes.in_step(self.model, self.loss), "all"
 
     def fitting_parts(self):
         """In how many parts a batch is read where nobody says: the same in all processes."""
@@ -196,6 +199,10 @@ class Trainer:
         """One step of the loop: draw, loss and gradient, clip, update; if asked, measure where it is due."""
         train, (muon, adamw) = self.experiment.train, self.optimizers
         batch = self.next_batch()
+        if self.trains != train.trains_at(self.step):
+            self.trains = train.trains_at(self.step)
+            choose_trained(self.model, self.trains)
+            self.in_step = processes.in_step(self.model, self.loss)
         with self.diverging():
             loss = self.forward_backward(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip, foreach=True)
@@ -221,10 +228,11 @@ class Trainer:
         """Leave the gradient of one batch in the parameters; return the loss, still on the device."""
         train = self.experiment.train
         if train.graph and self.device.type == "cuda" and self.micro_batches == self.world == 1:
-            if self.graph is None or self.captured != train.eviction_at(self.step):
-                self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
+            stage = train.eviction_at(self.step), self.trains
+            if self.graph is None or self.captured != stage:
+                self.graph, self.captured = None, stage  # first let go of its memory
                 with machine.compiled_blocks(self.model):
-                    own = self.model.parameters()
+                    own = [p for p in self.model.parameters() if p.requires_grad]
                     self.graph = machine.CapturedStep(self.loss, own, batch, self.device)
             return self.graph(batch)
         self.model.zero_grad()
@@ -361,13 +369,18 @@ class Trainer:
         step = integer("step", notes["step"], 0, self.experiment.train.steps)
         wanted = {f"model.{k}": v.shape for k, v in self.model.state_dict().items()} | {"losses": (2,)}
         states = [{}, {}]
-        for number, optimizer in enumerate(self.optimizers if step else ()):
+        frozen = sum(self.experiment.train.trains_at(i) == "fast" for i in range(step))
+        always, counts = set(map(id, fast_parameters(self.model))), {}
+        for number, optimizer in enumerate(self.optimizers):
             for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                if not (count := step if id(p) in always else step - frozen):
+                    continue
+                counts[f"optimizer.{number}.{i}.step"] = count
                 names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}
                 wanted |= {name: () if slot == "step" else p.shape for slot, name in names.items()}
                 states[number][i] = {slot: tensors.get(name) for slot, name in names.items()}
         odd = wanted.keys() - tensors.keys() | {k for k, v in tensors.items() if v.shape != wanted.get(k)}
-        if odd := odd | {k for k, v in tensors.items() if k.endswith(".step") and v != step}:
+        if odd := odd | {k for k, v in tensors.items() if k.endswith(".step") and v != counts.get(k)}:
             raise ValueError(f"does not fit this run at step {step}: {', '.join(sorted(odd)[:3])}")
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         for optimizer, state in zip(self.optimizers, states):

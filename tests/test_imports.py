@@ -26,7 +26,7 @@ LAYERS = [
     {"tasks"},
     {"baselines", "pretrained"},
     {"experiments"},
-    {"presets", "flops", "evaluation", "checkpoints"},
+    {"presets", "flops", "evaluation", "checkpoints", "finetune"},
     {"training"},
     {"runs"},
     {"bench", "scorecard", "reproduce", "doctor"},
