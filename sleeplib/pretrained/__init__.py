@@ -2,6 +2,11 @@
 
 from .adapter import FAMILIES, Insert, PretrainedLM, family
 from .blocks import AttentionBlock, Block, DeltaBlock
+from .config import PretrainedConfig
 from .hybrids import Plain
+from .loading import adapt, load, save
+from .lora import LoRA, add_lora
+from .text import TokenizedGSM
 
-__all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "Plain", "PretrainedLM", "family"]
+__all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "LoRA", "Plain"]
+__all__ += ["PretrainedConfig", "PretrainedLM", "TokenizedGSM", "adapt", "add_lora", "family", "load", "save"]
