@@ -1,4 +1,4 @@
-"""Pretrained models in the one training loop: they learn, in the order of the paper, and go on when stopped."""
+"""Pretrained models in the one training loop: they learn, fast weights first, and go on when stopped."""
 
 import dataclasses
 
