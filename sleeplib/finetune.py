@@ -54,6 +54,8 @@ def fast_parameters(model):
 
     Chapter: 16_pretrained
     """
+    if hasattr(model, "fast_parameters"):  # a pretrained model knows what was inserted into it
+        return model.fast_parameters()
     found = []
     for block, S in zip(model.layers, model.initial_state(1).fast_weights):
         if S is not None:
@@ -69,6 +71,8 @@ def choose_trained(model, which):
 
     Chapter: 16_pretrained
     """
+    if hasattr(model, "learn"):
+        return model.learn(which)
     model.requires_grad_(which == "all")
     for p in fast_parameters(model):
         p.requires_grad_(True)

@@ -42,10 +42,13 @@ def make_optimizers(model, train):
     """
     matrices, rest = [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         hidden = p.ndim == 2 and not name.startswith(OUTER) and not name.endswith("conv.weight")
+        hidden = hidden and ".lora_" not in name  # orthogonal steps are for whole matrices
         (matrices if hidden else rest).append(p)
     decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
-    muon = Muon(matrices, lr=train.muon_lr, momentum=0.95, weight_decay=train.weight_decay)
+    muon = Muon([{"params": matrices}], lr=train.muon_lr, momentum=0.95, weight_decay=train.weight_decay)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=train.adamw_lr, betas=(0.9, 0.95), fused=True)
     return muon, adamw

@@ -65,13 +65,13 @@ class InsertedBlock(nn.Module):
     def __init__(self, d_model, insert, backend="auto"):
         super().__init__()
         self.fast_shape = insert.num_heads, insert.key_size, insert.value_size
-        self.norm = RMSNorm(d_model)
+        self.mixer_norm = RMSNorm(d_model)
         options = dict(taps=insert.conv_taps, dynamic=insert.dynamic, backend=backend)
         self.mixer = GatedDeltaNet(d_model, *self.fast_shape, **options)
 
     def forward(self, h, memory, sliding_window=None, write_only=False):
         """Map h (B, T, D) and this block's memory to the next h, None if `write_only`, and memory."""
-        x = self.norm(h.to(self.norm.weight.dtype))
+        x = self.mixer_norm(h.to(self.mixer_norm.weight.dtype))
         y, memory = self.mixer(x, memory, sliding_window, write_only)
         return None if write_only else h + y.to(h.dtype), memory
 
@@ -119,12 +119,16 @@ class PretrainedLM(Sleepable, nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
         object.__setattr__(self, "original", original)
+        self.lora = self.tokenizer = self.source = None
         body = original.get_decoder()
         self.config = body.config
         self.vocab_size, self.d_model = self.config.vocab_size, self.config.hidden_size
         self.padding = None if padding is None else integer("padding", padding, 0, self.vocab_size - 1)
         self.embedding, self.head = original.get_input_embeddings(), original.get_output_embeddings()
         self.norm = body.norm
+        if self.head.weight is self.embedding.weight:  # one tensor, one name
+            self.register_state_dict_post_hook(_forget_head)
+            self.register_load_state_dict_pre_hook(_recall_head)
         self.rotary = getattr(body, "rotary_emb", None)  # here it moves along to another device
         own = self.make_blocks(body, padded=padding is not None, backend=backend)
         self.native_loop = self.check_loop(loop, len(own))
@@ -198,10 +202,53 @@ class PretrainedLM(Sleepable, nn.Module):
         h, state = self.blocks(self.embed(tokens), state, window=window)
         return self.readout(h), state
 
+    def is_added(self, name):
+        """Whether a parameter or module of this name is no part of the original."""
+        number = name.split(".")[1] if name.startswith("layers.") else None
+        return ".lora_" in name or number is not None and isinstance(self.layers[int(number)], InsertedBlock)
+
+    def original_parameters(self):
+        """The parameters of the original: a list."""
+        return [p for name, p in self.named_parameters() if not self.is_added(name)]
+
+    def fast_parameters(self):
+        """What the paper trains first: inserted layers, or where there are none all that hold an S."""
+        chosen = self.inserted or [block for block in self.layers if block.fast_shape]
+        names = {id(p): name for name, p in self.named_parameters()}
+        found = [p for block in chosen for p in block.parameters()]
+        return [p for p in found if self.lora is None or self.is_added(names[id(p)])]
+
+    def learn(self, part="all"):
+        """Let a part of the parameters learn and no other: "all", or the "fast" weight layers alone.
+
+        Where there are low-rank differences, they learn in the place of the original's own weights.
+        """
+        if part not in ("all", "fast"):
+            raise ValueError(f"part must be 'all' or 'fast'; got {part!r}")
+        fast = set(map(id, self.fast_parameters()))
+        for name, p in self.named_parameters():
+            may = self.lora is None or self.is_added(name)
+            p.requires_grad_(may and (part == "all" or id(p) in fast))
+
+    def save(self, folder):
+        """Write the whole model to a folder, see :func:`sleeplib.pretrained.save`."""
+        from .loading import save
+
+        save(self, folder)
+
     def settings(self):
         """What, beside the original, this model is made of: plain data, as a checkpoint keeps it."""
         insert = self.insert and dataclasses.asdict(self.insert)
         return dict(loop=list(self.native_loop), insert=insert, padding=self.padding)
+
+
+def _forget_head(model, state, prefix, _):
+    state.pop(f"{prefix}head.weight", None)
+
+
+def _recall_head(model, state, prefix, *_):
+    if f"{prefix}embedding.weight" in state:
+        state[f"{prefix}head.weight"] = state[f"{prefix}embedding.weight"]
 
 
 def family(*model_types):
