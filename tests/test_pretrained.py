@@ -12,7 +12,7 @@ import sleeplib as sl
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sleeplib.pretrained import FAMILIES, Insert, LoRA, adapt, add_lora  # noqa: E402
+from sleeplib.pretrained import FAMILIES, Insert, LoRA, adapt, add_lora
 
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)
 L = 5

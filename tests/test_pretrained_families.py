@@ -10,12 +10,16 @@ from tiny import close
 from tiny_families import JET, OURO, VOCAB, jet_logits, jet_shapes, ouro_logits, ouro_shapes, write_checkpoint
 
 import sleeplib as sl
-from sleeplib.pretrained import FAMILIES, Insert
-from sleeplib.pretrained.ouro import PAPER
+from sleeplib.pretrained import FAMILIES, Insert, jet, ouro
+from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 FAMILY = {"ouro": (OURO, ouro_shapes, ouro_logits), "jet_nemotron": (JET, jet_shapes, jet_logits)}
 INSERT = Insert(after=(0, 2), num_heads=2, key_size=4, value_size=8)
 WINDOW = 6
+
+
+for module in (jet, ouro):
+    module.register()
 
 
 def original(folder):
@@ -210,35 +214,15 @@ def test_what_does_not_fit_is_refused(family, tmp_path):
 
 # The real configurations, without numbers
 
-REAL_OURO = OURO | dict(vocab_size=49152, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24)
-REAL_OURO |= dict(
-    num_attention_heads=16, num_key_value_heads=16, head_dim=128, layer_types=["full_attention"] * 24
-)
-KINDS = ["jet"] * 14 + ["attn"] + ["jet"] * 4 + ["attn", "swa", "swa"] + ["jet"] * 6
-REAL_JET = JET | dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
-REAL_JET |= dict(num_attention_heads=12, num_key_value_heads=2, layer_types=KINDS)
-REAL_JET["efficient_attention_config"] = dict(
-    jet=JET["efficient_attention_config"]["jet"] | dict(num_heads=12, head_dim=96), swa=dict(window_size=1152)
-)
-
-
-def on_meta(config, **options):
-    settings = {k: v for k, v in config.items() if k not in ("auto_map", "torch_dtype")}
-    settings = transformers.AutoConfig.for_model(**settings)
-    with torch.device("meta"):
-        return FAMILIES[config["model_type"]](
-            transformers.AutoModelForCausalLM.from_config(settings), **options
-        )
-
 
 def count(modules):
     return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
 
 
 def test_six_jet_layers_add_less_than_a_tenth_to_ouro():
-    model = on_meta(REAL_OURO, insert=PAPER)
+    model = on_meta("ByteDance/Ouro-1.4B", insert=SIX_JET)
     new = count(model.inserted)
-    old = sum(torch.Size(shape).numel() for shape in ouro_shapes(REAL_OURO).values())
+    old = sum(torch.Size(shape).numel() for shape in ouro_shapes(PUBLISHED["ByteDance/Ouro-1.4B"]).values())
     assert old == count([model.original]) and round(old / 1e9, 2) == 1.43
     # a Jet layer by hand: q, k, v, gate, o, a and b; the filters' two matrices and bias; norms, decay
     D, H, K, V = 2048, 8, 128, 256
@@ -249,7 +233,8 @@ def test_six_jet_layers_add_less_than_a_tenth_to_ouro():
 
 
 def test_jet_nemotron_is_as_large_as_published():
-    model = on_meta(REAL_JET)
-    assert count([model.original]) == sum(torch.Size(s).numel() for s in jet_shapes(REAL_JET).values())
+    model = on_meta("jet-ai/Jet-Nemotron-2B")
+    shapes = jet_shapes(PUBLISHED["jet-ai/Jet-Nemotron-2B"])
+    assert count([model.original]) == sum(torch.Size(shape).numel() for shape in shapes.values())
     assert 1.9e9 < count([model.original]) < 2.1e9
     assert model.loop == (7, 20) and model.layers[0].fast_shape == (12, 96, 256)

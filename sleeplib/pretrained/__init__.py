@@ -4,12 +4,10 @@ from .adapter import FAMILIES, Insert, PretrainedLM, family
 from .blocks import AttentionBlock, Block, DeltaBlock
 from .config import PretrainedConfig
 from .hybrids import Plain
-from .jet import JetNemotron
 from .loading import adapt, load, save
 from .lora import LoRA, add_lora
-from .ouro import Ouro
 from .text import TokenizedGSM
 
-__all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "JetNemotron", "LoRA", "Ouro"]
+__all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "LoRA"]
 __all__ += ["Plain", "PretrainedConfig", "PretrainedLM", "TokenizedGSM", "adapt", "add_lora", "family"]
 __all__ += ["load", "save"]

@@ -167,5 +167,7 @@ class JetNemotron(PretrainedLM):
         return [kinds[kind](layer) for kind, layer in zip(c.layer_types, body.layers, strict=True)]
 
 
-AutoConfig.register("jet_nemotron", JetNemotronConfig)
-AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM)
+def register():
+    """Tell transformers of this family, so that it reads a checkpoint without the code that comes with it."""
+    AutoConfig.register("jet_nemotron", JetNemotronConfig, exist_ok=True)
+    AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM, exist_ok=True)

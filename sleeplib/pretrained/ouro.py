@@ -4,12 +4,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
-from .adapter import Insert, PretrainedLM, family
+from .adapter import PretrainedLM, family
 from .blocks import AttentionBlock
 
 NORMS = ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2")
-# The paper's six Jet layers; that they stand in the middle of each group of four layers is our reading.
-PAPER = Insert(after=(1, 5, 9, 13, 17, 21), num_heads=8, key_size=128, value_size=256)
 
 
 class OuroConfig(LlamaConfig):
@@ -84,7 +82,7 @@ class OuroBlock(AttentionBlock):
 
 @family("ouro")
 class Ouro(PretrainedLM):
-    """Ouro, asleep in layers that are inserted, ``insert=sleeplib.pretrained.ouro.PAPER``.
+    """Ouro, asleep in layers that are inserted, ``insert=published.SIX_JET``.
 
     Ouro's own loops are replaced by those of sleep: awake it reads once, as Ouro with ``total_ut_steps = 1``.
     The final norm stands behind the last layer, so each pass over all layers ends with it.
@@ -118,5 +116,7 @@ class Ouro(PretrainedLM):
         return self.head(h)
 
 
-AutoConfig.register("ouro", OuroConfig)
-AutoModelForCausalLM.register(OuroConfig, OuroForCausalLM)
+def register():
+    """Tell transformers of this family, so that it reads a checkpoint without the code that comes with it."""
+    AutoConfig.register("ouro", OuroConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OuroConfig, OuroForCausalLM, exist_ok=True)
