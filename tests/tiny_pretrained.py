@@ -49,7 +49,7 @@ def tiny_original(name, seed=0, **changes):
 
 @cache
 def byte_tokenizer():
-    """A tokenizer of bytes: 256 of them, padding 256, end of text 257."""
+    """A tokenizer of bytes: 256 of them, end of text 256, padding 257."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
