@@ -14,7 +14,7 @@ import numpy as np
 from .model import ModelConfig
 from .tasks import TASKS, Rule110
 
-PRESETS = {}  # name -> Experiment; presets.py fills it
+PRESETS, PRETRAINED = {}, {}  # name -> Experiment; presets.py fills them, the second with what is downloaded
 EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
 TRAINED = ("all", "fast-then-all")
 # Settings that came later: a configuration that leaves them alone reads, and hashes, as it did before.
@@ -187,7 +187,8 @@ class Experiment:
     def changes(self):
         """Settings that differ from the preset of this name, as ``--set`` takes them."""
         new = self.config()
-        old = PRESETS[self.name].config() if self.name in PRESETS else new
+        known = PRESETS | PRETRAINED
+        old = known[self.name].config() if self.name in known else new
         pairs = [(part, key, new[part].get(key)) for part in new for key in old[part] | new[part]]
         changed = [(part, key, value) for part, key, value in pairs if value != old[part].get(key)]
         return [f"{p}.{k}={v if isinstance(v, str) else json.dumps(v)}" for p, k, v in changed]
@@ -262,6 +263,7 @@ def get(name):
     """
     if isinstance(name, Experiment):
         return name
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    known = PRESETS | PRETRAINED
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(known)}")
+    return known[name]

@@ -144,13 +144,23 @@ def _followed(task, config, passes, batch, precision, checkpoint, eviction):
     inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
     options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
     count = sum(p.numel() for p in model.parameters())
-    model, cuda = model.to("meta"), _AsOnCuda(precision == "bfloat16")
+    return followed_bytes(model.to("meta"), inputs, labels, awake, precision, **options) + 16 * count
+
+
+def followed_bytes(model, inputs, labels, awake, precision="float32", **options):
+    """The most bytes alive at a time in a step that is followed on device "meta", beside the parameters.
+
+    `options` are those of :func:`sleep_forward`; gradients are counted as they come to be.
+
+    Chapter: 16_pretrained
+    """
+    cuda = _AsOnCuda(precision == "bfloat16")
     for name in ("consolidate", "predict"):  # also where recomputation calls them again
         setattr(model, name, cuda.around(getattr(model, name)))
     with LiveBytes() as live:
         out = sleep_forward(model, inputs, labels, awake=awake, return_logits=False, **options)
         out.loss.backward()
-    return live.peak + 16 * count
+    return live.peak
 
 
 class LiveBytes(TorchDispatchMode):

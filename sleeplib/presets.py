@@ -3,8 +3,10 @@
 import dataclasses
 
 from .baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
-from .experiments import PRESETS, Experiment, TrainConfig
+from .experiments import PRESETS, PRETRAINED, Experiment, TrainConfig
 from .model import ModelConfig
+from .pretrained import LoRA, PretrainedConfig, TokenizedGSM
+from .pretrained.published import PUBLISHED, SIX_JET
 from .tasks import Depo, GSMInfinite, Recall, Rule110, Text
 
 
@@ -251,3 +253,23 @@ for arm, (settings, about) in taught.items():
         changed = dataclasses.replace(train, muon_lr=float(rate), **settings)
         parts = dict(passes=(1, 4), seeds=(0,))
         _add(name, task, changed, f"learning to sleep: {about}; Muon's rate {rate}", **parts, **small)
+
+# The paper's third experiment, on the models that it takes.  How long it trains, the paper does not say.
+ouro, jet, qwen = "ByteDance/Ouro-1.4B", "jet-ai/Jet-Nemotron-2B", "Qwen/Qwen3.5-0.8B"
+low = dict(precision="bfloat16", checkpoint=True, save_every=50)
+full = TrainConfig(2000, 256, muon_lr=1e-3, decay=400, eval_every=100, eval_batch=200, **low)
+some = TrainConfig(200, 8, muon_lr=1e-3, adamw_lr=2e-4, decay=50, eval_batch=64, checkpoint=True)
+later = dataclasses.replace(full, eviction="hard-then-sliding", trains="fast-then-all")
+story = dict(ops=(1, 4), places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
+story |= dict(tokens=(300, 512), window=256)
+added, low_rank = dict(insert=SIX_JET), dict(lora=LoRA())
+pretrained = {  # name: source, training, settings of the task and of the model, N, about
+    "gsm-jet-paper": (jet, full, {}, {}, (1, 2, 4, 6), "Figure 4a: Jet-Nemotron 2B, middle 14 layers looped"),
+    "gsm-ouro-paper": (ouro, full, {}, added, (1, 2, 4), "Figure 4b: Ouro 1.4B, six Jet layers added"),
+    "gsm-ouro-sliding-paper": (ouro, later, dict(window=512), added, (1, 2, 4), "Figure 5: sliding eviction"),
+    "gsm-qwen-small": (qwen, some, story, low_rank, (1, 4), "a small hybrid, short stories; one small GPU"),
+}
+for name, (source, train, task, model, passes, about) in pretrained.items():
+    size = dict(source=source, vocab_size=PUBLISHED[source]["vocab_size"])
+    parts = TokenizedGSM(**size | task), PretrainedConfig(**size | model), train
+    PRETRAINED[name] = Experiment(name, *parts, passes, (0,), about)

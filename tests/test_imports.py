@@ -28,7 +28,7 @@ LAYERS = [
     {"experiments"},
     {"presets", "flops", "evaluation", "checkpoints", "finetune"},
     {"training"},
-    {"runs"},
+    {"runs", "budget"},
     {"bench", "scorecard", "reproduce", "doctor"},
     {"gpu_check", "throughput"},
     {"plots"},

@@ -8,5 +8,6 @@ from .loading import adapt, load, save
 from .lora import LoRA, add_lora
 from .text import TokenizedGSM
 
-__all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "LoRA", "Plain"]
-__all__ += ["PretrainedConfig", "PretrainedLM", "TokenizedGSM", "adapt", "add_lora", "family", "load", "save"]
+__all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "LoRA"]
+__all__ += ["Plain", "PretrainedConfig", "PretrainedLM", "TokenizedGSM", "adapt", "add_lora", "family"]
+__all__ += ["load", "save"]

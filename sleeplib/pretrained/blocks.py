@@ -194,7 +194,7 @@ class DeltaBlock(Block):
         m, (H, K, V) = self.layer.linear_attn, self.fast_shape
         qkv, gate, b, a = self.read(x)
         taps = m.conv1d.weight.shape[-1]
-        self._check(memory, (len(x), taps - 1, qkv.shape[-1]))
+        check_fast(memory, (len(x), taps - 1, qkv.shape[-1]))
         mixed = kernels.causal_convolution(
             qkv, m.conv1d.weight.squeeze(1).T.contiguous(), memory.conv, silu=True
         )
@@ -215,9 +215,11 @@ class DeltaBlock(Block):
         o = getattr(m, self.out_norm)(o, gate.unflatten(-1, (H, V)))
         return getattr(m, self.out)(o.flatten(2)), memory
 
-    def _check(self, memory, wanted):
-        if memory.kv is not None:
-            raise ValueError("state: a block of fast weights caches no keys; got some")
-        if memory.conv is not None and tuple(memory.conv.shape) != wanted:
-            what = f"the convolution context must be (B, taps - 1, channels) = {wanted}"
-            raise ValueError(f"state: {what}; got {tuple(memory.conv.shape)}")
+
+def check_fast(memory, wanted):
+    """Raise ValueError unless `memory` is one of fast weights, with a context of the `wanted` shape."""
+    if memory.kv is not None:
+        raise ValueError("state: a block of fast weights caches no keys; got some")
+    if memory.conv is not None and tuple(memory.conv.shape) != wanted:
+        what = f"the convolution context must be (B, taps - 1, channels) = {wanted}"
+        raise ValueError(f"state: {what}; got {tuple(memory.conv.shape)}")

@@ -256,6 +256,10 @@ def load_original(folder, dtype, trust_remote_code):
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from . import jet, ouro  # these are not transformers' own, and load it
+
+    for module in (jet, ouro):
+        module.register()
     settings = read_json(folder / "config.json", "it is no folder of a model of transformers")
     native = settings.get("model_type") in CONFIG_MAPPING
     if not native and not trust_remote_code:
