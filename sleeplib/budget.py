@@ -7,7 +7,7 @@ import torch
 from .algorithm import IGNORE
 from .checks import integer
 from .flops import followed_bytes
-from .training import make_optimizers
+from .optimizers import make_optimizers
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,9 @@ def _followed(task, config, passes, batch, precision, checkpoint, eviction):
     awake = awake_chunks(one.labels, task.window)
     inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
     options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
-    count = sum(p.numel() for p in model.parameters())
-    return followed_bytes(model.to("meta"), inputs, labels, awake, precision, **options) + 16 * count
+    # Weight, gradient, and two numbers of an optimizer in float32; of what does not learn the weight alone.
+    own = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
+    return followed_bytes(model.to("meta"), inputs, labels, awake, precision, **options) + own
 
 
 def followed_bytes(model, inputs, labels, awake, precision="float32", **options):

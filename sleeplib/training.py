@@ -22,44 +22,16 @@ from .experiments import get
 from .finetune import choose_trained, fast_parameters, start_from
 from .flops import training_bytes
 from .kernels import use_numba
-from .muon import Muon
+from .optimizers import SLOTS, make_optimizers, schedule
 from .tasks import TASKS, stream
 from .tasks.base import IGNORE
 from .tasks.check import check_task
 from .threads import cores
 
 DATA = 0  # the stream of random numbers of training data; it does not depend on N
-OUTER = ("embedding.", "head.")  # matrices that Muon leaves to AdamW
 # What a step's peak is of its prediction: .63 and .66 were measured on an H200 where a step is captured and
 # fused; where it is not, the allocator wastes some.
 CAPTURED, EAGER = 0.75, 1.1
-SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and AdamW keep of a parameter
-
-
-def make_optimizers(model, train):
-    """Muon for the hidden matrices, AdamW for embeddings, head, norms, biases, filters and decay rates.
-
-    Chapter: 10_training
-    """
-    matrices, rest = [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        hidden = p.ndim == 2 and not name.startswith(OUTER) and not name.endswith("conv.weight")
-        hidden = hidden and ".lora_" not in name  # orthogonal steps are for whole matrices
-        (matrices if hidden else rest).append(p)
-    decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
-    muon = Muon([{"params": matrices}], lr=train.muon_lr, momentum=0.95, weight_decay=train.weight_decay)
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=train.adamw_lr, betas=(0.9, 0.95), fused=True)
-    return muon, adamw
-
-
-def schedule(step, train):
-    """Factor on Muon's learning rate at a step: warm up, stay, decay."""
-    up = (step + 1) / train.warmup if train.warmup else 1.0
-    down = (train.steps - step) / train.decay if train.decay else 1.0
-    return min(1.0, up, down)
 
 
 def training_batch(task, train, seed, step):

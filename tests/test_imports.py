@@ -26,7 +26,7 @@ LAYERS = [
     {"tasks"},
     {"baselines", "pretrained"},
     {"experiments"},
-    {"presets", "flops", "evaluation", "checkpoints", "finetune"},
+    {"presets", "flops", "evaluation", "checkpoints", "finetune", "optimizers"},
     {"training"},
     {"runs", "budget"},
     {"bench", "scorecard", "reproduce", "doctor"},

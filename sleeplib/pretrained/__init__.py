@@ -6,8 +6,8 @@ from .config import PretrainedConfig
 from .hybrids import Plain
 from .loading import adapt, load, save
 from .lora import LoRA, add_lora
-from .text import TokenizedGSM
+from .text import TokenizedGSM, write
 
 __all__ = ["FAMILIES", "AttentionBlock", "Block", "DeltaBlock", "Insert", "LoRA"]
 __all__ += ["Plain", "PretrainedConfig", "PretrainedLM", "TokenizedGSM", "adapt", "add_lora", "family"]
-__all__ += ["load", "save"]
+__all__ += ["load", "save", "write"]

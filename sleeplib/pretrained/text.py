@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 import torch.nn.functional as F
 
 from ..checks import integer
+from ..sleeper import Sleeper
 from ..tasks import GSMInfinite
 from ..tasks.base import IGNORE
 from ..tasks.gsm_infinite.chance import gather, sample_targets
@@ -108,3 +109,42 @@ def _chance(task):
         token = sum(max(counter.values()) for counter in after.values()) / total
         cells[cell] = dict(loss=loss, token=token, exact=max(answers.values()) / answers.total())
     return gather(task, cells)
+
+
+def write(model, text, count, *, window, passes=1, eviction="hard"):
+    """Read a text, asleep whenever a window is full, and go on greedily until it ends.
+
+    Parameters
+    ----------
+    model : PretrainedLM
+        With a tokenizer.
+    text : str
+    count : int
+        The most tokens to write.
+    window, passes, eviction
+        As :class:`Sleeper` takes them.
+
+    Returns
+    -------
+    str
+        What was written, without the mark at its end.
+
+    Raises
+    ------
+    ValueError
+        If the model came without a tokenizer, or there is nothing to read.
+
+    Chapter: 16_pretrained
+    """
+    count, tokenizer = integer("count", count, 1), model.tokenizer
+    if tokenizer is None:
+        raise ValueError("model: it came without a tokenizer; feed tokens to a Sleeper")
+    tokens = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+    if not tokens.numel():
+        raise ValueError("text: there is nothing to read")
+    sleeper = Sleeper(model, window=window, passes=passes, eviction=eviction)
+    sleeper.feed(tokens)
+    written = []
+    while len(written) < count and (token := int(sleeper.generate(1))) != tokenizer.eos_token_id:
+        written.append(token)
+    return tokenizer.decode(written)
