@@ -18,7 +18,7 @@ PRESETS, PRETRAINED = {}, {}  # name -> Experiment; presets.py fills them, the s
 EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
 TRAINED = ("all", "fast-then-all")
 # Settings that came later: a configuration that leaves them alone reads, and hashes, as it did before.
-LATER = {"truncate": None, "start": None, "trains": "all"}
+LATER = {"truncate": None, "start": None, "trains": "all", "shard": False}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class TrainConfig:
     precision : {"float32", "bfloat16"}
         bfloat16 runs matrix products under autocast where the device has instructions for them, and float32
         elsewhere; a record says which ran.  Sums, and the fast weight, are float32's in both.
+    shard : bool
+        Of several processes each keeps only a part of weights and optimizer state (FSDP2), for models that
+        one GPU has no room for.
     graph : bool
         On CUDA, compile the blocks, and capture forward and backward as one CUDA graph.
     eval_every, save_every : int
@@ -83,6 +86,7 @@ class TrainConfig:
     truncate: int | None = None
     start: str | None = None
     trains: str = "all"
+    shard: bool = False
     precision: str = "float32"
     graph: bool = False
     eval_every: int = 50

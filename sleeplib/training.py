@@ -21,6 +21,7 @@ from .evaluation import evaluate, held_out
 from .experiments import get
 from .finetune import choose_trained, fast_parameters, start_from
 from .flops import training_bytes
+from .kernels import use_numba
 from .muon import Muon
 from .tasks import TASKS, stream
 from .tasks.base import IGNORE
@@ -172,6 +173,11 @@ class Trainer:
             self.model = experiment.model.build().to(self.device)
         if train.start is not None:
             start_from(self.model, train.start.replace("{seed}", str(self.seed)))
+        self.sharded = train.shard and self.world > 1
+        if self.sharded:
+            if self.device.type == "cpu":  # a loop reads weights where they are: they could not be let go of
+                use_numba(False)
+            processes.shard(self.model)
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
@@ -204,7 +210,8 @@ class Trainer:
         batch = self.next_batch()
         if self.trains != train.trains_at(self.step):
             self.trains = train.trains_at(self.step)
-            choose_trained(self.model, self.trains)
+            if not self.sharded:
+                choose_trained(self.model, self.trains)
             self.in_step = processes.in_step(self.model, self.loss)
         with self.diverging():
             loss = self.forward_backward(batch)
@@ -249,6 +256,10 @@ class Trainer:
                 loss = self.in_step(inputs.to(self.device), labels.to(self.device)) * share
                 (loss * self.world).backward()  # gradients become means over processes
             total = total + loss.detach()
+        if self.sharded and self.trains == "fast":  # which weights get a gradient is fixed once in parts
+            fast = set(map(id, fast_parameters(self.model)))
+            for p in self.model.parameters():
+                p.grad = p.grad if id(p) in fast else None
         return processes.summed(total)
 
     def loss(self, inputs, labels):
@@ -348,6 +359,15 @@ class Trainer:
         self.peak_bytes = max(self.peak_bytes, machine.peak_bytes(self.device))
         return now
 
+    def whole_model(self):
+        """The model; where it lies in parts, a new one, for which all processes must ask."""
+        if not self.sharded:
+            return self.model
+        weights = {k: processes.whole(v) for k, v in self.model.state_dict().items()}
+        model = self.experiment.model.build()
+        model.load_state_dict(weights)
+        return model
+
     def identity(self):
         """What must be the same for a checkpoint to fit."""
         own = dict(preset=self.experiment.name, passes=self.passes, seed=self.seed, precision=self.precision)
@@ -355,10 +375,11 @@ class Trainer:
 
     def snapshot(self):
         """Everything that a later call needs to go on to the bit: tensors by name, and plain notes."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {f"model.{k}": processes.whole(v) for k, v in self.model.state_dict().items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
+                found = {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
+                tensors |= {name: processes.whole(v) for name, v in found.items()}
         notes = dict(run=self.identity(), threads=torch.get_num_threads(), step=self.step, curve=self.curve)
         notes |= dict(seconds=self.seconds, peak_bytes=self.peak_bytes, micro_batches=self.micro_batches)
         return tensors | {"losses": self.losses}, notes
@@ -370,7 +391,8 @@ class Trainer:
         if odd := [k for k in own if found.get(k) != own[k]]:
             raise ValueError(f"belongs to another run (differs in {', '.join(odd)})")
         step = integer("step", notes["step"], 0, self.experiment.train.steps)
-        wanted = {f"model.{k}": v.shape for k, v in self.model.state_dict().items()} | {"losses": (2,)}
+        model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        wanted = {k: v.shape for k, v in model.items()} | {"losses": (2,)}
         states = [{}, {}]
         frozen = sum(self.experiment.train.trains_at(i) == "fast" for i in range(step))
         always, counts = set(map(id, fast_parameters(self.model))), {}
@@ -381,12 +403,14 @@ class Trainer:
                 counts[f"optimizer.{number}.{i}.step"] = count
                 names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}
                 wanted |= {name: () if slot == "step" else p.shape for slot, name in names.items()}
-                states[number][i] = {slot: tensors.get(name) for slot, name in names.items()}
+                states[number][i] = {slot: (tensors.get(name), p) for slot, name in names.items()}
         odd = wanted.keys() - tensors.keys() | {k for k, v in tensors.items() if v.shape != wanted.get(k)}
         if odd := odd | {k for k, v in tensors.items() if k.endswith(".step") and v != counts.get(k)}:
             raise ValueError(f"does not fit this run at step {step}: {', '.join(sorted(odd)[:3])}")
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.model.load_state_dict({k[6:]: processes.part(tensors[k], v) for k, v in model.items()})
         for optimizer, state in zip(self.optimizers, states):
+            for slots in state.values():
+                slots |= {k: processes.part(v, p) if v.ndim else v for k, (v, p) in slots.items()}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.losses, self.step, self.curve = tensors["losses"].to(self.device), step, notes["curve"]
         self.seconds, self.peak_bytes = notes["seconds"], notes["peak_bytes"]

@@ -16,8 +16,8 @@ from sleeplib.tasks.gsm_infinite import solve_text
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sleeplib import pretrained  # noqa: E402
-from sleeplib.pretrained import Insert, LoRA, PretrainedLM, TokenizedGSM, load, save  # noqa: E402
+from sleeplib import pretrained
+from sleeplib.pretrained import Insert, LoRA, PretrainedLM, TokenizedGSM, load, save
 
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)
 VOCAB = 260
@@ -72,7 +72,8 @@ def test_a_checkpoint_with_pictures_is_read_as_text(tmp_path):
 
 @pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize(
-    "name, lora", [("qwen3_5", None), ("qwen3_5", LoRA(2, 4)), ("llama-tied", None), ("llama-tied", LoRA(2, 4))]
+    "name, lora",
+    [("qwen3_5", None), ("qwen3_5", LoRA(2, 4)), ("llama-tied", None), ("llama-tied", LoRA(2, 4))],
 )
 def test_what_was_saved_comes_back(folders, tmp_path, name, lora, base):
     insert = INSERT if name == "llama-tied" else None
@@ -215,7 +216,11 @@ def hub_errors():
     return [
         (errors.RepositoryNotFoundError("x", response=response), FileNotFoundError, "huggingface.co has no"),
         (errors.GatedRepoError("x", response=response), PermissionError, "hf auth login"),
-        (errors.RevisionNotFoundError("x", response=response), FileNotFoundError, "revision: owner/name has no"),
+        (
+            errors.RevisionNotFoundError("x", response=response),
+            FileNotFoundError,
+            "revision: owner/name has no",
+        ),
         (errors.LocalEntryNotFoundError("x"), ConnectionError, "hf download owner/name"),
         (ConnectionError("x"), ConnectionError, "cannot be reached"),
     ]

@@ -1,7 +1,6 @@
-"""Pretrained models in the one training loop: they learn, in the order of the paper, and go on when stopped."""
+"""Pretrained models in the one training loop: they learn, fast weights first, and go on when stopped."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from sleeplib.training import Trainer
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sleeplib.pretrained import Insert, LoRA, PretrainedConfig  # noqa: E402
+from sleeplib.pretrained import Insert, LoRA, PretrainedConfig
 
 TASK = sl.tasks.Rule110(width=8, strings=2, steps=1)
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)

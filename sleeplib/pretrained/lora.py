@@ -55,7 +55,9 @@ def add_lora(model, lora):
         if isinstance(module, nn.Linear) and not model.is_added(f"layers.{name}")
     ]
     # Into the list of layers, which has no configuration by which peft would choose more.
-    inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names), model.layers)
+    inject_adapter_in_model(
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names), model.layers
+    )
     model.lora = lora
     model.learn("all")
 
