@@ -139,7 +139,7 @@ def training_bytes(experiment, passes, batch=None, precision=None):
 
 @lru_cache(maxsize=256)
 def _followed(task, config, passes, batch, precision, checkpoint, eviction):
-    model, one = _fresh(task, config, backend="chunked")
+    model, one = _fresh(task, config, backend="chunked", numbers=False)
     awake = awake_chunks(one.labels, task.window)
     inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
     options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
@@ -254,8 +254,12 @@ class _AsOnCuda(TorchFunctionMode):
         return self.cast[id(x)]
 
 
-def _fresh(task, config, backend="reference"):
-    """A new model, and one sequence; the global random state stays as it was."""
+def _fresh(task, config, backend="reference", numbers=True):
+    """A new model, and one sequence; the global random state stays as it was.
+
+    Without `numbers` a pretrained model is made of its settings alone.
+    """
     with torch.random.fork_rng(devices=[]):
-        model = dataclasses.replace(config, backend=backend).build()
+        config = dataclasses.replace(config, backend=backend)
+        model = config.build() if numbers or not hasattr(config, "on_meta") else config.on_meta()
     return model, task.batch(1, np.random.default_rng(0))

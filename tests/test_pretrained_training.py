@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_a_run_writes_its_record_and_keeps_a_model_that_can_be_loaded(sources, t
     assert record["config"]["model"]["insert"]["after"] == [1, 3]
     model = load(tmp_path / "kept" / "tiny-pretrained" / "N2-seed0")
     assert model.lora == LoRA(2, 4) and model.insert == INSERT and model.loop == (1, 3)
+
+
+def test_memory_is_predicted_without_weights(sources, tmp_path):
+    """From the settings alone, and less where the original stays as it is."""
+    predicted = {}
+    for lora in (None, LoRA(2, 4)):
+        recipe = experiment(sources, "llama-tied", lora)
+        folder = shutil.copytree(sources["llama-tied"], tmp_path / str(lora))
+        (folder / "model.safetensors").unlink()
+        model = dataclasses.replace(recipe.model, source=str(folder))
+        predicted[lora] = sl.flops.training_bytes(dataclasses.replace(recipe, model=model), 2)
+    numbers = sum(p.numel() for p in recipe.model.on_meta().original_parameters())
+    assert predicted[None] > 16 * numbers
+    assert predicted[LoRA(2, 4)] < predicted[None] - 6 * numbers
 
 
 def test_a_vocabulary_of_another_size_is_refused(sources):

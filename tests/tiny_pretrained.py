@@ -10,9 +10,12 @@ BASE |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_t
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 EXPERTS |= dict(shared_expert_intermediate_size=16, mlp_only_layers=[0])
 ROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+SECTIONS = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.5)
+SECTIONS |= dict(mrope_interleaved=True, mrope_section=[2, 1, 1])  # positions in time, height and width
 # What is asked for by name: the class of the configuration, and what differs from the defaults.
 CONFIGS = {
     "qwen3_5": ("Qwen3_5TextConfig", BASE | GDN | dict(head_dim=16)),
+    "qwen3_5-pictures": ("Qwen3_5TextConfig", BASE | GDN | dict(head_dim=16, rope_parameters=SECTIONS)),
     "qwen3_next": ("Qwen3NextConfig", BASE | GDN | EXPERTS | dict(head_dim=16)),
     "olmo_hybrid": ("OlmoHybridConfig", BASE | GDN | ROPE),
     "olmo_hybrid-nope": ("OlmoHybridConfig", BASE | GDN),

@@ -34,7 +34,7 @@ class Insert:
     -----
     Section 6.3 of the paper: six Jet layers without a feed-forward layer of their own.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     after: tuple[int, ...]
@@ -59,7 +59,7 @@ class InsertedBlock(nn.Module):
 
     It computes in the precision of its own weights, also where those of the original are bfloat16.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     def __init__(self, d_model, insert, backend="auto"):
@@ -111,7 +111,7 @@ class PretrainedLM(Sleepable, nn.Module):
 
     A family says how it is run by overriding :meth:`make_blocks` and, where need be, the methods around it.
 
-    Chapter: 08_sleep
+    Chapter: 16_pretrained
     """
 
     def __init__(self, original, *, loop=None, insert=None, padding=None, backend="auto"):

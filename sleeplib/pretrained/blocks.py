@@ -28,7 +28,7 @@ class Block(nn.Module):
     norms : tuple of (str or None)
         Names of the layer's norms before its mixer, after it, before its feed-forward layer and after it.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     fast_shape = None  # (H, K, V) of the fast weight, if there is one
@@ -73,7 +73,7 @@ class AttentionBlock(Block):
     own_window : int, optional
         A query sees its newest so many keys, whatever the caller says.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     def __init__(self, layer, num_heads, rotary, *, own_window=None, **options):
@@ -174,7 +174,7 @@ class DeltaBlock(Block):
     strongest : float
         beta runs from 0 to this; 2 allows negative eigenvalues.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     out, out_norm = "out_proj", "norm"

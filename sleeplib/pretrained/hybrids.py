@@ -14,7 +14,7 @@ POST_NORM = (None, "post_attention_layernorm", None, "post_feedforward_layernorm
 class NextDelta(DeltaBlock):
     """The fast weights of Qwen3-Next: two projections, in which what belongs to a key head stands together.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     def read(self, x):
@@ -31,7 +31,7 @@ class NextDelta(DeltaBlock):
 class Qwen35Delta(DeltaBlock):
     """The fast weights of Qwen3.5: four projections.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     def read(self, x):
@@ -43,7 +43,7 @@ class Qwen35Delta(DeltaBlock):
 class OlmoDelta(DeltaBlock):
     """The fast weights of Olmo Hybrid: six projections.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     out, out_norm = "o_proj", "o_norm"
@@ -58,7 +58,7 @@ class OlmoDelta(DeltaBlock):
 class Hybrid(PretrainedLM):
     """A family that mixes attention and its own Gated DeltaNet layers.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     delta = None
@@ -85,7 +85,7 @@ class Hybrid(PretrainedLM):
 class Qwen3Next(Hybrid):
     """Qwen3-Next.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     delta = NextDelta
@@ -95,7 +95,7 @@ class Qwen3Next(Hybrid):
 class Qwen35(Hybrid):
     """Qwen3.5, text only: pictures need positions that sleep does not know.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     delta = Qwen35Delta
@@ -105,7 +105,7 @@ class Qwen35(Hybrid):
 class OlmoHybrid(Hybrid):
     """Olmo Hybrid, whose attention layers have their norms behind them.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     delta, attention_norms = OlmoDelta, POST_NORM
@@ -114,7 +114,7 @@ class OlmoHybrid(Hybrid):
 class Plain(PretrainedLM):
     """A decoder of attention layers alone, in the manner of Llama; it sleeps in layers that are inserted.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     def make_blocks(self, body, *, padded, backend):

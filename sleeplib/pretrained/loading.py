@@ -67,7 +67,7 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     -----
     Only weights in safetensors are read: other formats can run code.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -121,7 +121,7 @@ def adapt(original, **options):
     ValueError
         If the family is none that can be run here, or the model has no fast weights.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
     kind = original.config.model_type
     known = FAMILIES.get(kind)
@@ -323,7 +323,7 @@ def save(model, folder, *, base=True):
     ValueError
         If `base` is False and the original's own weights may have changed, or came from nowhere.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
     folder, source = Path(folder), getattr(model, "source", None)
     lora, tokenizer = getattr(model, "lora", None), getattr(model, "tokenizer", None)

@@ -22,7 +22,7 @@ class LoRA:
     -----
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
 
     rank: int = 16
@@ -41,7 +41,7 @@ def add_lora(model, lora):
     model : PretrainedLM
     lora : LoRA
 
-    Chapter: 06_hybrid
+    Chapter: 16_pretrained
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -3,7 +3,7 @@
 import torch
 
 from .adapter import Insert
-from .loading import adapt
+from .loading import DTYPES, adapt
 from .lora import add_lora
 
 # The settings of their config.json that say what a model is made of.
@@ -63,7 +63,7 @@ SIX_JET = Insert(after=(1, 5, 9, 13, 17, 21), num_heads=8, key_size=128, value_s
 PUBLISHED = {"Qwen/Qwen3.5-0.8B": QWEN, "ByteDance/Ouro-1.4B": OURO, "jet-ai/Jet-Nemotron-2B": JET}
 
 
-def on_meta(config, *, lora=None, **options):
+def on_meta(config, *, lora=None, dtype="float32", **options):
     """A model without numbers (device "meta"), as :func:`adapt` makes it.
 
     Parameters
@@ -71,6 +71,8 @@ def on_meta(config, *, lora=None, **options):
     config : dict or str
         Settings as in a config.json, or the name of a repository in ``PUBLISHED``.
     lora : LoRA, optional
+    dtype : {"float32", "bfloat16", "float64"}
+        Of the original's weights; what is added is float32.
     **options
         Those of :class:`PretrainedLM`.
 
@@ -92,7 +94,8 @@ def on_meta(config, *, lora=None, **options):
             raise ValueError(f"config: {config!r} is not known here; there are {', '.join(PUBLISHED)}")
         config = PUBLISHED[config]
     with torch.device("meta"):
-        original = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        text = AutoConfig.for_model(**config).get_text_config()
+        original = AutoModelForCausalLM.from_config(text, dtype=DTYPES[dtype])
         model = adapt(original, backend="chunked", **options)
         if lora is not None:
             add_lora(model, lora)

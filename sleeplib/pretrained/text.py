@@ -41,7 +41,7 @@ class TokenizedGSM(GSMInfinite):
     -----
     The other parameters are those of :class:`GSMInfinite`.
 
-    Chapter: 13_gsm_infinite
+    Chapter: 16_pretrained
     """
 
     source: str = ""
