@@ -76,15 +76,15 @@ def test_passes_and_recomputation_multiply_what_they_repeat():
     assert 3 < cost < 3.05  # frozen matrices need no gradient
 
 
-def test_memory_is_a_line_in_the_windows_and_in_the_passes():
-    model = on_meta("Qwen/Qwen3.5-0.8B")
-    train = TrainConfig(1, 1, checkpoint=True)
-    sizes = {}
-    for tokens, passes in ((64, 2), (128, 2), (128, 3), (192, 2)):
+def test_memory_is_a_line_in_the_windows_and_grows_with_the_passes():
+    model = on_meta({k: v for k, v in JET.items() if k not in ("auto_map", "torch_dtype")})
+    train, sizes = TrainConfig(1, 1, checkpoint=True), {}
+    for tokens, passes in ((64, 2), (128, 2), (192, 2), (64, 3)):
         reading = budget.Reading((tokens, 4), (True, False))
-        sizes[tokens, passes] = budget.step_bytes(model, train, reading, passes) - budget.weight_bytes(model, train)
-    assert sizes[192, 2] - sizes[128, 2] == pytest.approx(sizes[128, 2] - sizes[64, 2], rel=0.2)
-    assert sizes[128, 3] > 1.2 * sizes[128, 2]
+        peak = budget.step_bytes(model, train, reading, passes)
+        sizes[tokens, passes] = peak - budget.weight_bytes(model, train)
+    assert sizes[192, 2] - sizes[128, 2] == pytest.approx(sizes[128, 2] - sizes[64, 2], rel=0.1)
+    assert sizes[64, 3] > 1.2 * sizes[64, 2]
 
 
 def test_low_rank_differences_need_little_beside_the_weights():
