@@ -4,7 +4,7 @@ Before a model's attention cache is cleared, it makes N offline passes over the 
 into fast weights, by a learned local rule; then it wakes with an empty cache and answers in one pass.
 """
 
-from . import experiments, presets, tasks, threads
+from . import experiments, presets, pretrained, tasks, threads
 from .algorithm import evict, sleep, sleep_forward
 from .evaluation import evaluate
 from .interface import Sleepable
@@ -21,5 +21,5 @@ threads.sleep_soon()
 __version__ = "0.1.0"
 
 __all__ = ["HybridLM", "LMState", "ModelConfig", "Sleepable", "Sleeper", "Trainer", "evaluate", "evict"]
-__all__ += ["experiments", "gated_delta_rule", "gated_hebbian_rule", "load_records", "presets", "run"]
-__all__ += ["sleep", "sleep_forward", "tasks", "threads"]
+__all__ += ["experiments", "gated_delta_rule", "gated_hebbian_rule", "load_records", "presets", "pretrained"]
+__all__ += ["run", "sleep", "sleep_forward", "tasks", "threads"]

@@ -22,7 +22,7 @@ EXIT = {"failed": 1, "interrupted": 130, "terminated": 143}  # as a shell report
 def list_presets(args):
     """Print every preset: its runs done, begun and to do, and the core-hours of each N as measured here."""
     costs = core_hours(args.out)
-    for name, experiment in experiments.PRESETS.items():
+    for name, experiment in (experiments.PRESETS | experiments.PRETRAINED).items():
         found = Counter(state for state, _ in runs_of(experiment, args.out).values())
         counts = ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
         known = [(n, *costs[name, n]) for n in experiment.passes if (name, n) in costs]

@@ -15,8 +15,13 @@ BLANK = b"?" * 64  # stands for the digest while it is taken
 
 
 def save_checkpoint(trainer, path):
-    """Write everything that a later call needs to go on to the bit."""
+    """Write everything that a later call needs to go on to the bit; the first process writes.
+
+    Where weights lie in parts at several processes, all must call this.
+    """
     tensors, notes = trainer.snapshot()
+    if trainer.rank > 0:
+        return
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(notes, allow_nan=False)
     content = save(tensors, metadata={"sleeplib": text, "digest": BLANK.decode()})

@@ -136,7 +136,14 @@ def tune_malloc(size=2**30 - 2**22):
 
 
 def free_bytes(device):
-    """Memory of a GPU that this process can still have: the driver's, and what PyTorch holds without use."""
+    """Memory that this process can still have: on a GPU the driver's, and what PyTorch holds without use.
+
+    On a CPU what Linux calls available; None where nobody tells.
+    """
+    if device.type != "cuda":
+        file = Path("/proc/meminfo")
+        found = re.search(r"MemAvailable:\s+(\d+)", file.read_text()) if file.is_file() else None
+        return found and int(found[1]) * 1024
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

@@ -14,8 +14,11 @@ import numpy as np
 from .model import ModelConfig
 from .tasks import TASKS, Rule110
 
-PRESETS = {}  # name -> Experiment; presets.py fills it
+PRESETS, PRETRAINED = {}, {}  # name -> Experiment; presets.py fills them, the second with what is downloaded
 EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
+TRAINED = ("all", "fast-then-all")
+# Settings that came later: a configuration that leaves them alone reads, and hashes, as it did before.
+LATER = {"truncate": None, "start": None, "trains": "all", "shard": False}
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,17 @@ class TrainConfig:
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     truncate : int or None
         Naps that a gradient goes back through, see :func:`sleep_forward`; all of them if None.
+    start : str or None
+        The trained model that weights start from, as :func:`start_from` takes it; ``{seed}`` in it stands for
+        the run's own seed.
+    trains : {"all", "fast-then-all"}
+        What is trained: the last is the fast-weight layers alone for the first third of the steps.
     precision : {"float32", "bfloat16"}
         bfloat16 runs matrix products under autocast where the device has instructions for them, and float32
         elsewhere; a record says which ran.  Sums, and the fast weight, are float32's in both.
+    shard : bool
+        Of several processes each keeps only a part of weights and optimizer state (FSDP2), for models that
+        one GPU has no room for.
     graph : bool
         On CUDA, compile the blocks, and capture forward and backward as one CUDA graph.
     eval_every, save_every : int
@@ -73,6 +84,9 @@ class TrainConfig:
     eviction: str = "hard"
     checkpoint: bool = False
     truncate: int | None = None
+    start: str | None = None
+    trains: str = "all"
+    shard: bool = False
     precision: str = "float32"
     graph: bool = False
     eval_every: int = 50
@@ -82,10 +96,10 @@ class TrainConfig:
     def __post_init__(self):
         for entry in dataclasses.fields(self):
             name, value, kind = entry.name, getattr(self, entry.name), entry.type
-            if kind == int | None:
+            if kind in (int | None, str | None):
                 if value is None:
                     continue
-                kind = int
+                kind = typing.get_args(kind)[0]
             wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
             if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
                 raise TypeError(f"train.{name} must be of type {kind.__name__}; got {value!r}")
@@ -98,13 +112,21 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be at most train.steps = {self.steps}; got {value}")
         if not self.clip:
             raise ValueError("train.clip must be above 0, or nothing is learned; got 0")
-        for name, known in (("eviction", EVICTIONS), ("precision", ("float32", "bfloat16"))):
+        choices = dict(eviction=EVICTIONS, trains=TRAINED, precision=("float32", "bfloat16"))
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {value!r}")
 
     def eviction_at(self, step):
         """What happens to the cache at a step: "hard" or "sliding"; at step `steps`, what a score sees."""
-        first, _, last = self.eviction.partition("-then-")
+        return self._at(step, self.eviction)
+
+    def trains_at(self, step):
+        """What a step trains: "all" or "fast"."""
+        return self._at(step, self.trains)
+
+    def _at(self, step, setting):
+        first, _, last = setting.partition("-then-")
         return last if last and 3 * step >= self.steps else first
 
 
@@ -143,15 +165,14 @@ class Experiment:
 
     def config(self):
         """The experiment as plain data, as a record keeps it; an error if the task is no such data."""
-        task = type(self.task)
-        own = f"{task.__module__}.{task.__qualname__}"
-        if not dataclasses.is_dataclass(task):
+        own = _own_name(self.task)
+        if not dataclasses.is_dataclass(self.task):
             raise TypeError(f"task: a record keeps its fields, so {own} must be a dataclass")
-        parts = {name: dataclasses.asdict(getattr(self, name)) for name in ("task", "model", "train")}
-        kind = next((name for name, cls in TASKS.items() if cls is task), own)
-        parts["task"] = {"kind": kind} | parts["task"]
-        if parts["train"]["truncate"] is None:  # as in records that are older than the setting
-            del parts["train"]["truncate"]
+        parts = {"task": _task_fields(self.task)}
+        parts |= {name: dataclasses.asdict(getattr(self, name)) for name in ("model", "train")}
+        for name, default in LATER.items():
+            if parts["train"][name] == default:
+                del parts["train"][name]
         if type(self.model) is not ModelConfig:  # a rival of sleeplib.baselines
             parts["model"] = {"kind": type(self.model).__name__} | parts["model"]
         try:
@@ -166,7 +187,8 @@ class Experiment:
     def changes(self):
         """Settings that differ from the preset of this name, as ``--set`` takes them."""
         new = self.config()
-        old = PRESETS[self.name].config() if self.name in PRESETS else new
+        known = PRESETS | PRETRAINED
+        old = known[self.name].config() if self.name in known else new
         pairs = [(part, key, new[part].get(key)) for part in new for key in old[part] | new[part]]
         changed = [(part, key, value) for part, key, value in pairs if value != old[part].get(key)]
         return [f"{p}.{k}={v if isinstance(v, str) else json.dumps(v)}" for p, k, v in changed]
@@ -199,6 +221,18 @@ class Experiment:
         return dataclasses.replace(self, **new)
 
 
+def _own_name(task):
+    return f"{type(task).__module__}.{type(task).__qualname__}"
+
+
+def _task_fields(task):
+    """A task as plain data: which one it is, and its fields; a task within a task likewise."""
+    kind = next((name for name, cls in TASKS.items() if cls is type(task)), _own_name(task))
+    inner = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    inner = {name: _task_fields(x) for name, x in inner.items() if dataclasses.is_dataclass(x)}
+    return {"kind": kind} | dataclasses.asdict(task) | inner
+
+
 def _read(key, value, hint):
     """Read a setting's text as its field's type."""
     allowed, kind = typing.get_args(hint) or (hint,), getattr(hint, "__name__", hint)
@@ -229,6 +263,7 @@ def get(name):
     """
     if isinstance(name, Experiment):
         return name
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    known = PRESETS | PRETRAINED
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(known)}")
+    return known[name]

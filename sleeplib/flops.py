@@ -139,18 +139,33 @@ def training_bytes(experiment, passes, batch=None, precision=None):
 
 @lru_cache(maxsize=256)
 def _followed(task, config, passes, batch, precision, checkpoint, eviction):
-    model, one = _fresh(task, config, backend="chunked")
+    model, one = _fresh(task, config, backend="chunked", numbers=False)
     awake = awake_chunks(one.labels, task.window)
     inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
     options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
-    count = sum(p.numel() for p in model.parameters())
-    model, cuda = model.to("meta"), _AsOnCuda(precision == "bfloat16")
-    for name in ("consolidate", "predict"):  # also where recomputation calls them again
+    # Weight, gradient, and two numbers of an optimizer in float32; of what does not learn the weight alone.
+    own = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
+    return followed_bytes(model.to("meta"), inputs, labels, awake, precision, **options) + own
+
+
+def followed_bytes(model, inputs, labels, awake, precision="float32", **options):
+    """The most bytes alive at a time in a step that is followed on device "meta", beside the parameters.
+
+    `options` are those of :func:`sleep_forward`; gradients are counted as they come to be.
+
+    Chapter: 16_pretrained
+    """
+    cuda, names = _AsOnCuda(precision == "bfloat16"), ("consolidate", "predict")
+    for name in names:  # also where recomputation calls them again
         setattr(model, name, cuda.around(getattr(model, name)))
+    model.zero_grad()
     with LiveBytes() as live:
         out = sleep_forward(model, inputs, labels, awake=awake, return_logits=False, **options)
         out.loss.backward()
-    return live.peak + 16 * count
+    model.zero_grad()
+    for name in names:
+        delattr(model, name)
+    return live.peak
 
 
 class LiveBytes(TorchDispatchMode):
@@ -239,8 +254,12 @@ class _AsOnCuda(TorchFunctionMode):
         return self.cast[id(x)]
 
 
-def _fresh(task, config, backend="reference"):
-    """A new model, and one sequence; the global random state stays as it was."""
+def _fresh(task, config, backend="reference", numbers=True):
+    """A new model, and one sequence; the global random state stays as it was.
+
+    Without `numbers` a pretrained model is made of its settings alone.
+    """
     with torch.random.fork_rng(devices=[]):
-        model = dataclasses.replace(config, backend=backend).build()
+        config = dataclasses.replace(config, backend=backend)
+        model = config.build() if numbers or not hasattr(config, "on_meta") else config.on_meta()
     return model, task.batch(1, np.random.default_rng(0))

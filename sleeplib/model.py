@@ -176,7 +176,8 @@ class HybridLM(Sleepable, nn.Module):
         c, weight = self.config, self.head.weight
         shape = (integer("batch_size", batch_size, 1), c.num_heads, c.K, c.V)
         wide = torch.promote_types(torch.float32, weight.dtype)
-        return LMState(tuple(None if k == "a" else weight.new_zeros(shape, dtype=wide) for k in c.pattern))
+        zeros = dict(dtype=wide, device=weight.device)  # whole tensors, also where the weight is in parts
+        return LMState(tuple(None if k == "a" else torch.zeros(shape, **zeros) for k in c.pattern))
 
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D)."""

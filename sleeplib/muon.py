@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from . import processes
 from .device import multiplies_bfloat16
 
 
@@ -13,7 +14,8 @@ class Muon(torch.optim.Muon):
     A small model has dozens of small matrices of few shapes, and PyTorch takes them one by one, 15 products
     each.  The update is that of Keller Jordan's Muon: momentum, made orthogonal by `ns_steps` Newton-Schulz
     steps in bfloat16, times ``sqrt(max(1, rows / columns))``, or ``0.2 * sqrt(max(rows, columns))`` if
-    `adjust_lr_fn` is "match_rms_adamw".
+    `adjust_lr_fn` is "match_rms_adamw".  Of a matrix that lies in parts at several processes each puts the
+    momentum together, and keeps its part of the update.
 
     Chapter: 10_training
     """
@@ -40,13 +42,14 @@ class Muon(torch.optim.Muon):
                 if group["nesterov"]:
                     ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
                 options = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
-                update = orthogonalise(torch.stack(ahead), *options)
+                update = orthogonalise(torch.stack([processes.whole(x) for x in ahead]), *options)
                 factor = math.sqrt(max(1, rows / columns))
                 if group["adjust_lr_fn"] == "match_rms_adamw":
                     factor = 0.2 * math.sqrt(max(rows, columns))
                 update *= -group["lr"] * factor
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(update.to(matrices[0].dtype).unbind()))
+                update = update.to(matrices[0].dtype).unbind()
+                torch._foreach_add_(matrices, [processes.part(x, p) for x, p in zip(update, matrices)])
         return loss
 
 

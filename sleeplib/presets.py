@@ -3,9 +3,11 @@
 import dataclasses
 
 from .baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
-from .experiments import PRESETS, Experiment, TrainConfig
+from .experiments import PRESETS, PRETRAINED, Experiment, TrainConfig
 from .model import ModelConfig
-from .tasks import Depo, GSMInfinite, Recall, Rule110
+from .pretrained import LoRA, PretrainedConfig, TokenizedGSM
+from .pretrained.published import PUBLISHED, SIX_JET
+from .tasks import Depo, GSMInfinite, Recall, Rule110, Text
 
 
 def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model):
@@ -224,3 +226,50 @@ for task, (base, arms) in against.items():
                 continue
             parts = dict(model=kind(**plain | settings), passes=passes, seeds=seeds)
             _vary(base, name, {"train.muon_lr": rate}, f"{base}, {about}; Muon's rate {rate}", **parts)
+
+# Sleep for a pretrained model (chapter 16): small models learn to read, then to sleep.  What is compared has
+# read as many tokens in all: 300 steps of text and 150 of sleep, or 450 of sleep.
+story = dict(places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
+story |= dict(theme="harbor", level="medium", mode="forward")
+task = GSMInfinite(ops=(1, 3), tokens=(40, 56), window=56, **story)
+train = TrainConfig(300, 32, muon_lr=8e-3, adamw_lr=1e-3, decay=100, eval_every=25, eval_batch=256)
+small = dict(d_model=64, mlp_size=128)
+about = "pretraining: the next token of short stories, everything in the cache; minutes on one CPU core"
+_add("gsm_infinite-text", Text(task), train, about, passes=(1,), **small)
+about = "the same for a transformer of two blocks"
+_add("gsm_infinite-text-attention", Text(task), train, about, passes=(1,), pattern="aa", **small)
+read, last = "gsm_infinite-text/N1-seed{seed}", dict(steps=150, decay=50)
+inserted = dict(start="gsm_infinite-text-attention/N1-seed{seed}")
+taught = {
+    "scratch": (dict(steps=450, decay=150), "from scratch"),
+    "all": (last | dict(start=read), "the pretrained hybrid, everything at once"),
+    "warmup": (last | dict(start=read, trains="fast-then-all"), "the pretrained hybrid, fast weights first"),
+    "insert-all": (last | inserted, "fast-weight blocks inserted into the transformer, everything at once"),
+    "insert-warmup": (last | inserted | dict(trains="fast-then-all"), "the same, fast-weight blocks first"),
+}
+for arm, (settings, about) in taught.items():
+    for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"):
+        name = f"gsm_infinite-taught-{arm}-{rate}"
+        changed = dataclasses.replace(train, muon_lr=float(rate), **settings)
+        parts = dict(passes=(1, 4), seeds=(0,))
+        _add(name, task, changed, f"learning to sleep: {about}; Muon's rate {rate}", **parts, **small)
+
+# The paper's third experiment, on the models that it takes.  How long it trains, the paper does not say.
+ouro, jet, qwen = "ByteDance/Ouro-1.4B", "jet-ai/Jet-Nemotron-2B", "Qwen/Qwen3.5-0.8B"
+low = dict(precision="bfloat16", checkpoint=True, save_every=50)
+full = TrainConfig(2000, 256, muon_lr=1e-3, decay=400, eval_every=100, eval_batch=200, **low)
+some = TrainConfig(200, 8, muon_lr=1e-3, adamw_lr=2e-4, decay=50, eval_batch=64, checkpoint=True)
+later = dataclasses.replace(full, eviction="hard-then-sliding", trains="fast-then-all")
+story = dict(ops=(1, 4), places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
+story |= dict(tokens=(300, 512), window=256)
+added, low_rank = dict(insert=SIX_JET), dict(lora=LoRA())
+pretrained = {  # name: source, training, settings of the task and of the model, N, about
+    "gsm-jet-paper": (jet, full, {}, {}, (1, 2, 4, 6), "Figure 4a: Jet-Nemotron 2B, middle 14 layers looped"),
+    "gsm-ouro-paper": (ouro, full, {}, added, (1, 2, 4), "Figure 4b: Ouro 1.4B, six Jet layers added"),
+    "gsm-ouro-sliding-paper": (ouro, later, dict(window=512), added, (1, 2, 4), "Figure 5: sliding eviction"),
+    "gsm-qwen-small": (qwen, some, story, low_rank, (1, 4), "a small hybrid, short stories; one small GPU"),
+}
+for name, (source, train, task, model, passes, about) in pretrained.items():
+    size = dict(source=source, vocab_size=PUBLISHED[source]["vocab_size"])
+    parts = TokenizedGSM(**size | task), PretrainedConfig(**size | model), train
+    PRETRAINED[name] = Experiment(name, *parts, passes, (0,), about)

@@ -1,7 +1,7 @@
 """Several processes at one run, as torchrun starts them: who this one is, and what all must agree on."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -66,9 +66,46 @@ def in_step(model, loss):
     parameter once a step, however often the passes use it.  Alone, it is the plain module.
     """
     module = _Loss(model, loss)
-    if not _together():
+    if not _together() or any(map(_in_parts, model.parameters())):
         return module
     return DistributedDataParallel(module)
+
+
+def shard(model):
+    """Leave of each weight of a :class:`Sleepable` only this process' part, PyTorch's FSDP2.
+
+    A block is put together when it is called, the embedding and the readout once a step; the gradients that
+    come out are means over processes, and parts too.  All processes must have made the same model.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # not in every build of PyTorch
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world(),))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name in ("embed", "readout"):  # not its forward: what sleep calls
+        register_fsdp_forward_method(model, name)
+
+
+def whole(x):
+    """A tensor with the parts of all processes in it, which all must ask for; any other as it is."""
+    return x.full_tensor() if _in_parts(x) else x
+
+
+def part(x, like):
+    """Of a whole tensor what this process keeps of `like`; all of it, unless `like` is in parts."""
+    if not _in_parts(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _in_parts(x):
+    """Whether a tensor is a DTensor."""
+    return hasattr(x, "full_tensor")
 
 
 class _Loss(nn.Module):
@@ -80,6 +117,10 @@ class _Loss(nn.Module):
 
     def forward(self, inputs, labels):
         return self.loss(inputs, labels)
+
+    def no_sync(self):
+        """Where nobody waits for other processes, or each call does: nothing to put off."""
+        return nullcontext()
 
 
 def _started():

@@ -104,19 +104,22 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     command += f" --micro-batches {parts}" * (micro_batches is not None or parts > 1)
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {change}" for change in experiment.changes())
-    probe = trainer.probe if trainer.device.type == "cpu" else None
+    # Tries are for one process: where weights lie in parts, a call waits for all.
+    probe = trainer.probe if trainer.device.type == "cpu" and not trainer.sharded else None
     with cpu.chosen(threads or found.get("threads"), probe) as choice:
-        save = partial(save_checkpoint, trainer, checkpoint) if trainer.rank == 0 else None
+        writes = trainer.rank == 0 or trainer.sharded
+        save = partial(save_checkpoint, trainer, checkpoint) if writes else None
         status = trainer.run(stop_after, save, progress, choice.step_took)
         record = make_record(trainer, status, command, *commit)
+    done = record["status"] == "done"
+    model = trainer.whole_model() if done and kept else None
     if trainer.rank > 0:  # the first process writes
         return record
-    done = record["status"] == "done"
     if (old := _standing(path, experiment, overwrite)) is not None:
         record = old  # another process was quicker
     else:
         if done and kept:
-            trainer.model.half().save(kept)
+            model.half().save(kept)
         records.save_record(record, out)
     if done:  # what it holds is safe elsewhere by now
         checkpoint.unlink(missing_ok=True)

@@ -19,42 +19,19 @@ from .algorithm import awake_chunks, sleep_forward
 from .checks import integer
 from .evaluation import evaluate, held_out
 from .experiments import get
+from .finetune import choose_trained, fast_parameters, start_from
 from .flops import training_bytes
-from .muon import Muon
+from .kernels import use_numba
+from .optimizers import SLOTS, make_optimizers, schedule
 from .tasks import TASKS, stream
 from .tasks.base import IGNORE
 from .tasks.check import check_task
 from .threads import cores
 
 DATA = 0  # the stream of random numbers of training data; it does not depend on N
-OUTER = ("embedding.", "head.")  # matrices that Muon leaves to AdamW
 # What a step's peak is of its prediction: .63 and .66 were measured on an H200 where a step is captured and
 # fused; where it is not, the allocator wastes some.
 CAPTURED, EAGER = 0.75, 1.1
-SLOTS = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # what Muon and AdamW keep of a parameter
-
-
-def make_optimizers(model, train):
-    """Muon for the hidden matrices, AdamW for embeddings, head, norms, biases, filters and decay rates.
-
-    Chapter: 10_training
-    """
-    matrices, rest = [], []
-    for name, p in model.named_parameters():
-        hidden = p.ndim == 2 and not name.startswith(OUTER) and not name.endswith("conv.weight")
-        (matrices if hidden else rest).append(p)
-    decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
-    muon = Muon(matrices, lr=train.muon_lr, momentum=0.95, weight_decay=train.weight_decay)
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=train.adamw_lr, betas=(0.9, 0.95), fused=True)
-    return muon, adamw
-
-
-def schedule(step, train):
-    """Factor on Muon's learning rate at a step: warm up, stay, decay."""
-    up = (step + 1) / train.warmup if train.warmup else 1.0
-    down = (train.steps - step) / train.decay if train.decay else 1.0
-    return min(1.0, up, down)
 
 
 def training_batch(task, train, seed, step):
@@ -166,6 +143,13 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             self.model = experiment.model.build().to(self.device)
+        if train.start is not None:
+            start_from(self.model, train.start.replace("{seed}", str(self.seed)))
+        self.sharded = train.shard and self.world > 1
+        if self.sharded:
+            if self.device.type == "cpu":  # a loop reads weights where they are: they could not be let go of
+                use_numba(False)
+            processes.shard(self.model)
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
@@ -180,8 +164,8 @@ class Trainer:
         self.micro_batches = micro_batches if self.parts_given else self.fitting_parts()
         self.workers = 0 if self.device.type == "cpu" else min(4, len(cores()))
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
-        self.graph = self.captured = None  # a captured step, and its eviction
-        self.in_step = processes.in_step(self.model, self.loss)
+        self.graph = self.captured = None  # a captured step, and its eviction and what it trains
+        self.in_step, self.trains = processes.in_step(self.model, self.loss), "all"
 
     def fitting_parts(self):
         """In how many parts a batch is read where nobody says: the same in all processes."""
@@ -196,6 +180,11 @@ class Trainer:
         """One step of the loop: draw, loss and gradient, clip, update; if asked, measure where it is due."""
         train, (muon, adamw) = self.experiment.train, self.optimizers
         batch = self.next_batch()
+        if self.trains != train.trains_at(self.step):
+            self.trains = train.trains_at(self.step)
+            if not self.sharded:
+                choose_trained(self.model, self.trains)
+            self.in_step = processes.in_step(self.model, self.loss)
         with self.diverging():
             loss = self.forward_backward(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip, foreach=True)
@@ -221,10 +210,11 @@ class Trainer:
         """Leave the gradient of one batch in the parameters; return the loss, still on the device."""
         train = self.experiment.train
         if train.graph and self.device.type == "cuda" and self.micro_batches == self.world == 1:
-            if self.graph is None or self.captured != train.eviction_at(self.step):
-                self.graph, self.captured = None, train.eviction_at(self.step)  # first let go of its memory
+            stage = train.eviction_at(self.step), self.trains
+            if self.graph is None or self.captured != stage:
+                self.graph, self.captured = None, stage  # first let go of its memory
                 with machine.compiled_blocks(self.model):
-                    own = self.model.parameters()
+                    own = [p for p in self.model.parameters() if p.requires_grad]
                     self.graph = machine.CapturedStep(self.loss, own, batch, self.device)
             return self.graph(batch)
         self.model.zero_grad()
@@ -238,6 +228,10 @@ class Trainer:
                 loss = self.in_step(inputs.to(self.device), labels.to(self.device)) * share
                 (loss * self.world).backward()  # gradients become means over processes
             total = total + loss.detach()
+        if self.sharded and self.trains == "fast":  # which weights get a gradient is fixed once in parts
+            fast = set(map(id, fast_parameters(self.model)))
+            for p in self.model.parameters():
+                p.grad = p.grad if id(p) in fast else None
         return processes.summed(total)
 
     def loss(self, inputs, labels):
@@ -337,6 +331,15 @@ class Trainer:
         self.peak_bytes = max(self.peak_bytes, machine.peak_bytes(self.device))
         return now
 
+    def whole_model(self):
+        """The model; where it lies in parts, a new one, for which all processes must ask."""
+        if not self.sharded:
+            return self.model
+        weights = {k: processes.whole(v) for k, v in self.model.state_dict().items()}
+        model = self.experiment.model.build()
+        model.load_state_dict(weights)
+        return model
+
     def identity(self):
         """What must be the same for a checkpoint to fit."""
         own = dict(preset=self.experiment.name, passes=self.passes, seed=self.seed, precision=self.precision)
@@ -344,10 +347,11 @@ class Trainer:
 
     def snapshot(self):
         """Everything that a later call needs to go on to the bit: tensors by name, and plain notes."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {f"model.{k}": processes.whole(v) for k, v in self.model.state_dict().items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
+                found = {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
+                tensors |= {name: processes.whole(v) for name, v in found.items()}
         notes = dict(run=self.identity(), threads=torch.get_num_threads(), step=self.step, curve=self.curve)
         notes |= dict(seconds=self.seconds, peak_bytes=self.peak_bytes, micro_batches=self.micro_batches)
         return tensors | {"losses": self.losses}, notes
@@ -359,18 +363,26 @@ class Trainer:
         if odd := [k for k in own if found.get(k) != own[k]]:
             raise ValueError(f"belongs to another run (differs in {', '.join(odd)})")
         step = integer("step", notes["step"], 0, self.experiment.train.steps)
-        wanted = {f"model.{k}": v.shape for k, v in self.model.state_dict().items()} | {"losses": (2,)}
+        model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        wanted = {k: v.shape for k, v in model.items()} | {"losses": (2,)}
         states = [{}, {}]
-        for number, optimizer in enumerate(self.optimizers if step else ()):
+        frozen = sum(self.experiment.train.trains_at(i) == "fast" for i in range(step))
+        always, counts = set(map(id, fast_parameters(self.model))), {}
+        for number, optimizer in enumerate(self.optimizers):
             for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                if not (count := step if id(p) in always else step - frozen):
+                    continue
+                counts[f"optimizer.{number}.{i}.step"] = count
                 names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}
                 wanted |= {name: () if slot == "step" else p.shape for slot, name in names.items()}
-                states[number][i] = {slot: tensors.get(name) for slot, name in names.items()}
+                states[number][i] = {slot: (tensors.get(name), p) for slot, name in names.items()}
         odd = wanted.keys() - tensors.keys() | {k for k, v in tensors.items() if v.shape != wanted.get(k)}
-        if odd := odd | {k for k, v in tensors.items() if k.endswith(".step") and v != step}:
+        if odd := odd | {k for k, v in tensors.items() if k.endswith(".step") and v != counts.get(k)}:
             raise ValueError(f"does not fit this run at step {step}: {', '.join(sorted(odd)[:3])}")
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.model.load_state_dict({k[6:]: processes.part(tensors[k], v) for k, v in model.items()})
         for optimizer, state in zip(self.optimizers, states):
+            for slots in state.values():
+                slots |= {k: processes.part(v, p) if v.ndim else v for k, (v, p) in slots.items()}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.losses, self.step, self.curve = tensors["losses"].to(self.device), step, notes["curve"]
         self.seconds, self.peak_bytes = notes["seconds"], notes["peak_bytes"]

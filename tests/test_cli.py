@@ -43,9 +43,10 @@ def test_list_names_every_preset(capsys, tmp_path):
     code, out, err = call(capsys, "list", "--out", str(tmp_path))
     assert code == 0 and not err
     names, abouts = out.splitlines()[::2], out.splitlines()[1::2]
-    assert [line.split()[0] for line in names] == list(sl.experiments.PRESETS)
+    known = sl.experiments.PRESETS | sl.experiments.PRETRAINED
+    assert [line.split()[0] for line in names] == list(known)
     assert names[0].split() == ["rule110-quick", "9", "to", "do"]
-    assert [line.strip() for line in abouts] == [e.about for e in sl.experiments.PRESETS.values()]
+    assert [line.strip() for line in abouts] == [e.about for e in known.values()]
 
 
 def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, tmp_path):

@@ -7,6 +7,7 @@ from .loader import stream
 from .recall import Recall
 from .rollouts import khop_walk, rule110_history, rule110_rollout
 from .rule110 import Rule110
+from .text import Text
 
 TASKS = {"rule110": Rule110, "depo": Depo, "gsm_infinite": GSMInfinite, "recall": Recall}
 
@@ -19,6 +20,7 @@ __all__ = [
     "Recall",
     "Rule110",
     "Task",
+    "Text",
     "khop_walk",
     "rule110_history",
     "rule110_rollout",

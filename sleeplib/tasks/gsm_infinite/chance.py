@@ -21,22 +21,36 @@ def target_words(task, problem):
     return [*steps, str(problem.answer)]
 
 
-@lru_cache
-def estimate_chance(task):
-    """See :meth:`GSMInfinite.chance`."""
+def sample_targets(task):
+    """For each (mode, op count) what should be answered in a fixed sample of the test split, in words."""
     draw, cells = random.Random(13), {}
     counts = range(task.ops[0], task.ops[1] + 1)
     sample = min(SAMPLE, BUDGET // (len(task.modes) * len(counts)))
     for mode, ops in product(task.modes, counts):
-        words = Counter()
+        cells[mode, ops] = []
         for _ in range(sample):
             cell = dict(level=draw.choice(task.levels), theme=draw.choice(task.themes))
             bare = draw_until(draw_bare, draw, task, "test", mode=mode, ops=ops, **cell)
-            words.update(target_words(task, bare))
+            cells[mode, ops].append(target_words(task, bare))
+    return cells
+
+
+@lru_cache
+def estimate_chance(task):
+    """See :meth:`GSMInfinite.chance`."""
+    cells = {}
+    for cell, found in sample_targets(task).items():
+        words = Counter(word for target in found for word in target)
         share = np.array(list(words.values())) / words.total()
         best = float(share.max())
         loss = float(-(share * np.log(share)).sum())
-        cells[mode, ops] = dict(loss=loss, token=best, exact=0.0 if task.solution else best)
+        cells[cell] = dict(loss=loss, token=best, exact=0.0 if task.solution else best)
+    return gather(task, cells)
+
+
+def gather(task, cells):
+    """The keys of a score from the loss, token and exact of each (mode, op count)."""
+    counts = range(task.ops[0], task.ops[1] + 1)
 
     def mean(key, members):
         return float(np.mean([cells[member][key] for member in members]))

@@ -1,0 +1,67 @@
+"""A pretrained model as the frozen value that an experiment keeps, in the place of a ModelConfig."""
+
+from dataclasses import dataclass
+
+from ..checks import integer
+from ..tasks.gsm_infinite.tokens import padding
+from .adapter import Insert
+from .loading import fetch, load, load_tokenizer, read_json, read_own
+from .lora import LoRA
+from .published import PUBLISHED, on_meta
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """Which pretrained model an experiment fine-tunes, and how it is made ready for sleep.
+
+    Parameters
+    ----------
+    source : str
+        ``"owner/name"`` of a repository, or a folder, see :func:`load`.
+    vocab_size : int
+        Rows of its embedding, so that a task can be checked against it before anything is loaded.
+    padding : int, optional
+        If absent what :class:`TokenizedGSM` pads with: the tokenizer's padding, or its end of text.
+    loop, insert, lora, dtype, revision, trust_remote_code, backend
+        As :func:`load` takes them.
+
+    Chapter: 16_pretrained
+    """
+
+    source: str
+    vocab_size: int
+    loop: tuple[int, int] | None = None
+    insert: Insert | None = None
+    lora: LoRA | None = None
+    padding: int | None = None
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "vocab_size", integer("vocab_size", self.vocab_size, 1))
+
+    def build(self):
+        """Load the model; ValueError if its vocabulary is not of the size that is stated here."""
+        names = "loop insert lora padding dtype revision trust_remote_code backend".split()
+        options = {name: getattr(self, name) for name in names}
+        folder = fetch(self.source, self.revision, self.trust_remote_code, weights=False)
+        if self.padding is None and read_own(folder) is None:
+            tokenizer = load_tokenizer(folder, self.trust_remote_code)
+            options["padding"] = None if tokenizer is None else padding(tokenizer)
+        model = load(self.source, **options)
+        if model.vocab_size != self.vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {self.vocab_size}; {self.source} has {model.vocab_size} tokens"
+            )
+        return model
+
+    def on_meta(self):
+        """The model without numbers, which needs no weights: what it costs can be counted on it."""
+        config = PUBLISHED.get(self.source)
+        if config is None:
+            folder = fetch(self.source, self.revision, weights=False)
+            config = read_json(folder / "config.json", "it is no folder of a model of transformers")
+        options = dict(loop=self.loop, insert=self.insert, lora=self.lora, dtype=self.dtype)
+        return on_meta(config, padding=self.padding, **options)

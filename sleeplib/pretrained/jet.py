@@ -1,0 +1,173 @@
+"""Jet-Nemotron, a hybrid of full attention, attention in a window, and Jet layers."""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+from .. import kernels
+from ..layers import RMSNorm, newest
+from ..state import Memory
+from .adapter import PretrainedLM, family
+from .blocks import AttentionBlock, Block, check_fast
+
+KINDS = ("attn", "swa", "jet")
+
+
+@strict
+class JetNemotronConfig(Qwen2Config):
+    """The configuration of jet-ai/Jet-Nemotron-2B and its kin, as their config.json has it."""
+
+    model_type = "jet_nemotron"
+
+    efficient_attention_config: dict | None = None
+
+    def validate_layer_type(self):
+        """Refuse layers of unknown kinds: the names are this family's own."""
+        kinds = self.layer_types
+        if len(kinds) != self.num_hidden_layers or set(kinds) - set(KINDS):
+            wanted = f"{self.num_hidden_layers} of {', '.join(KINDS)}"
+            raise ValueError(f"layer_types must be {wanted}; got {kinds}")
+        missing = (set(kinds) - {"attn"}) - set(self.efficient_attention_config or ())
+        if missing:
+            raise ValueError(f"efficient_attention_config must have {', '.join(sorted(missing))}")
+
+
+class JetMixer(nn.Module):
+    """The weights of a Jet layer: what projects, what decays, what makes the filters, what norms."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, D = config.efficient_attention_config["jet"], config.hidden_size
+        self.num_heads, self.head_k_dim, self.taps = c["num_heads"], c["head_dim"], c["conv_size"]
+        # 96 * 2.6666666667 is meant to be 256
+        self.head_v_dim = int(self.head_k_dim * c["expand_v"])
+        keys, values = self.num_heads * self.head_k_dim, self.num_heads * self.head_v_dim
+        shapes = dict(q_proj=keys, k_proj=keys, v_proj=values, g_proj=values)
+        shapes |= dict(a_proj=self.num_heads, b_proj=self.num_heads)
+        for name, size in shapes.items():
+            setattr(self, name, nn.Linear(D, size, bias=False))
+        self.o_proj = nn.Linear(values, D, bias=False)
+        # zeros until a checkpoint is read
+        self.A_log, self.dt_bias = (nn.Parameter(torch.zeros(self.num_heads)) for _ in range(2))
+        inner = values // c["dconv_generator_reduction"]
+        parts = dict(w1=nn.Linear(D, inner, bias=False), act=nn.SiLU())
+        parts["w2"] = nn.Linear(inner, values * self.taps)
+        self.dynamic_conv1d = nn.Module()
+        self.dynamic_conv1d.kernel_generator = nn.Sequential()
+        for name, part in parts.items():
+            self.dynamic_conv1d.kernel_generator.add_module(name, part)
+        self.o_norm = RMSNorm(self.head_v_dim, eps=float(c["norm_eps"]))
+
+
+class JetLayer(nn.Module):
+    """The weights of one layer; its mixer is called ``self_attn`` whatever it is."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        jet = config.layer_types[index] == "jet"
+        self.self_attn = JetMixer(config) if jet else qwen2.Qwen2Attention(config, index)
+        self.mlp = qwen2.Qwen2MLP(config)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, qwen2.Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+
+class JetNemotronModel(PreTrainedModel):
+    """The weights between embedding and head."""
+
+    config_class = JetNemotronConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(JetLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = qwen2.Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = qwen2.Qwen2RotaryEmbedding(config)
+        self.post_init()
+
+
+class JetNemotronForCausalLM(PreTrainedModel):
+    """Jet-Nemotron's weights under their own names; how they are run is said by :class:`JetNemotron`.
+
+    transformers has no Jet-Nemotron of its own, and the code that comes with the checkpoint needs Triton.
+    """
+
+    config_class = JetNemotronConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = JetNemotronModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class JetBlock(Block):
+    """A Jet layer: fast weights by the gated delta rule, values through a filter that the token asks for.
+
+    Chapter: 16_pretrained
+    """
+
+    def __init__(self, layer, *, backend="auto", **options):
+        super().__init__(layer, **options)
+        m = layer.self_attn
+        self.backend, self.fast_shape = backend, (m.num_heads, m.head_k_dim, m.head_v_dim)
+
+    def mix(self, x, memory, window, write_only, real):
+        """Read and write the fast weight, token by token of x (B, T, D)."""
+        m, (H, K, V) = self.layer.self_attn, self.fast_shape
+        check_fast(memory, (len(x), m.taps - 1, H * V))
+        q, k = (kernels.l2_normalize(F.silu(p(x)).unflatten(-1, (H, K))) for p in (m.q_proj, m.k_proj))
+        values, T = m.v_proj(x), x.shape[1]
+        filters = m.dynamic_conv1d.kernel_generator(x).unflatten(-1, (H * V, m.taps))  # the newest last
+        past = kernels.prepend_context(values, memory.conv, m.taps)
+        v = F.silu(sum(past[:, i : i + T] * filters[..., i] for i in range(m.taps)))  # (B, T, H V)
+        wide = torch.promote_types(torch.float32, x.dtype)
+        g = -m.A_log.to(wide).exp() * F.softplus(m.a_proj(x).to(wide) + m.dt_bias.to(wide))  # (B, T, H)
+        beta = m.b_proj(x).to(wide).sigmoid()
+        if real is not None:  # padding neither decays nor writes
+            g, beta = (y * real.unsqueeze(-1) for y in (g, beta))
+        o, S = kernels.gated_delta_rule(
+            q, k, v.unflatten(-1, (H, V)), g=g, beta=beta, initial_state=memory.S, backend=self.backend
+        )
+        memory = Memory(S=S, conv=newest(values, memory.conv, m.taps - 1))
+        if write_only:
+            return None, memory
+        o = m.o_norm(o, m.g_proj(x).unflatten(-1, (H, V)))
+        return m.o_proj(o.flatten(2)), memory
+
+
+@family("jet_nemotron")
+class JetNemotron(PretrainedLM):
+    """Jet-Nemotron, asleep in the middle half of its layers.
+
+    Chapter: 16_pretrained
+    """
+
+    def default_loop(self, depth):
+        """The middle half of the layers; in the paper 14 of 28, of which we read that they are 7 .. 20."""
+        return depth // 4, depth - depth // 4 - 1
+
+    def make_blocks(self, body, *, padded, backend):
+        """A block for each layer, of the kind that ``config.layer_types`` says."""
+        c = self.config
+        heads, swa = c.num_attention_heads, (c.efficient_attention_config or {}).get("swa", {})
+
+        def attention(layer, **options):
+            return AttentionBlock(layer, heads, body.rotary_emb, padded=padded, **options)
+
+        kinds = dict(
+            jet=lambda layer: JetBlock(layer, backend=backend, padded=padded),
+            attn=attention,
+            swa=lambda layer: attention(layer, own_window=swa["window_size"]),
+        )
+        return [kinds[kind](layer) for kind, layer in zip(c.layer_types, body.layers, strict=True)]
+
+
+def register():
+    """Tell transformers of this family, so that it reads a checkpoint without the code that comes with it."""
+    AutoConfig.register("jet_nemotron", JetNemotronConfig, exist_ok=True)
+    AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM, exist_ok=True)

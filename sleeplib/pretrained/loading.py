@@ -1,0 +1,366 @@
+"""Load and save: a repository or a folder becomes a model that can sleep, and what it learned a folder."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from .. import device as machine
+from ..records import write_atomically
+from .adapter import FAMILIES, Insert
+from .hybrids import Plain
+from .lora import LoRA, add_lora, without_lora
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+OWN, OWN_WEIGHTS = "sleep.json", "sleep.safetensors"  # beside the files of transformers
+SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
+OFFERED = "a repository of huggingface.co, 'owner/name', or a folder"
+
+
+def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="float32", device="cpu",
+         revision=None, trust_remote_code=False, backend="auto"):  # fmt: skip
+    """Load a pretrained model so that it can be put to sleep.
+
+    Parameters
+    ----------
+    source : str or path_like
+        ``"owner/name"`` of a repository, or a folder: of transformers' own files, or one that
+        :func:`save` has written.
+    loop : tuple of (int, int), optional
+        First and last layer of the original, from 0, that repeated passes run through.
+    insert : Insert, optional
+        Layers of fast weights to add; a model without any needs some.
+    lora : LoRA, optional
+        Learn differences of low rank, beside whatever is inserted; the original's own weights stay.
+    padding : int, optional
+        The token that is padding; if absent the tokenizer's, where it is not also its end of text.
+    dtype : {"float32", "bfloat16", "float64"}
+        Precision of the original's weights.  What is added is float32, to learn in.
+    device : str
+        "auto", "cpu", "cuda", or one CUDA device.
+    revision : str, optional
+        Branch, tag or commit of a repository.
+    trust_remote_code : bool
+        Whether Python files that come with the model may run.  They can do whatever you can: read them first.
+    backend : str
+        Backend of the recurrences, see :func:`gated_delta_rule`.
+
+    Returns
+    -------
+    PretrainedLM
+        With its ``tokenizer``, None if there is none.  It is in evaluation mode: dropout is off.
+
+    Raises
+    ------
+    ValueError, OSError, MemoryError
+        If there is no such model, a file is missing or damaged, the network cannot be reached, the family is
+        unknown or has no fast weights, the tokenizer does not fit, or there is too little memory; the message
+        says what to do.
+
+    Notes
+    -----
+    Only weights in safetensors are read: other formats can run code.
+
+    Chapter: 16_pretrained
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    folder = fetch(source, revision, trust_remote_code)
+    target = machine.find_device(device)
+    own = read_own(folder)
+    if own:
+        given = dict(loop=loop, insert=insert, lora=lora, padding=padding)
+        if odd := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{odd[0]}: {folder} was saved with settings of its own; leave it out")
+        loop, padding = tuple(own["loop"]), own["padding"]
+        insert = own["insert"] and Insert(**own["insert"])
+        lora = own["lora"] and LoRA(**own["lora"])
+    base = folder if own is None or own["base"] is None else fetch(*own["base"], trust_remote_code)
+    check_memory(base, DTYPES[dtype], target)
+    original = load_original(base, DTYPES[dtype], trust_remote_code)
+    tokenizer = load_tokenizer(base, trust_remote_code)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, original.config.get_text_config().vocab_size)
+    if padding is None and own is None and tokenizer is not None:
+        end = tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id != end else None
+    model = adapt(original.to(target), loop=loop, insert=insert, padding=padding, backend=backend)
+    if lora is not None:
+        add_lora(model, lora)
+    if own:
+        load_own(model, folder)
+    model.tokenizer = tokenizer
+    model.source = (str(source), revision) if own is None else own["base"]
+    return model.eval()
+
+
+def adapt(original, **options):
+    """Put a model of transformers, already in memory, behind the interface of sleep.
+
+    Parameters
+    ----------
+    original : transformers.PreTrainedModel
+        A causal language model.
+    **options
+        Those of :class:`PretrainedLM`.
+
+    Returns
+    -------
+    PretrainedLM
+        Of a family that is not one of ``FAMILIES`` it has been tried out that one pass without eviction gives
+        the original's logits.
+
+    Raises
+    ------
+    ValueError
+        If the family is none that can be run here, or the model has no fast weights.
+
+    Chapter: 16_pretrained
+    """
+    kind = original.config.model_type
+    known = FAMILIES.get(kind)
+    try:
+        model = (known or Plain)(original, **options)
+        if known is None:
+            check_alike(model, original)
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"source: the layers of a {kind} are not built as Llama's ({error}); known families are "
+            f"{', '.join(sorted(FAMILIES))}, others are entered with sleeplib.pretrained.family"
+        ) from error
+    if not model.has_fast_weights:
+        raise ValueError(
+            f"source: a {kind} has no fast weights, so sleep has nowhere to write; insert some, for example "
+            f"insert=Insert(after=({len(model.layers) // 2 - 1}, {len(model.layers) - 1}), num_heads=8, "
+            "key_size=128, value_size=256), and train them"
+        )
+    return model
+
+
+@torch.no_grad()
+def check_alike(model, original, length=12, tolerance=1e-3):
+    """Raise ValueError unless our run of a model gives the original's logits on a few tokens."""
+    if model.device.type == "meta":
+        return
+    training = original.training
+    tokens = torch.arange(1, length + 1, device=model.device).unsqueeze(0) * 7 % model.vocab_size
+    if model.padding is not None:  # the original reads it
+        tokens[tokens == model.padding] = model.padding - 1 if model.padding else 1
+    theirs = original.eval()(tokens).logits.float()
+    ours = model(tokens, model.initial_state(1))[0].float()
+    original.train(training)
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= (tolerance if model.dtype != torch.bfloat16 else 0.1):
+        raise ValueError(
+            f"source: run as Llama is, a {original.config.model_type} gives other logits than its own (by "
+            f"{error:.2g} of the largest): its family needs an adapter, see sleeplib.pretrained.family"
+        )
+
+
+def fetch(source, revision=None, trust_remote_code=False, weights=True):
+    """The folder of a source, downloaded if it is a repository; an error that says what to do."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        raise FileNotFoundError(f"source: there is no folder {name!r}; give {OFFERED} that exists")
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = SETTINGS + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"source: {name} asks you to accept its terms; do so at huggingface.co/{name}, then "
+            "`hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"revision: {name} has no {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"source: huggingface.co has no {name!r}, or it is private (`hf auth login`); give {OFFERED}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError,
+            ConnectionError, TimeoutError) as error:  # fmt: skip
+        raise ConnectionError(
+            f"source: {name} is not on this machine and huggingface.co cannot be reached; where there is a "
+            f"network run `hf download {name} --local-dir FOLDER`, and give that folder"
+        ) from error
+
+
+def read_json(file, what):
+    """The content of a JSON file; an error if it is missing or damaged."""
+    if not file.is_file():
+        raise FileNotFoundError(f"source: {file} is missing; {what}")
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"source: {file} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"source: {file} is damaged: it holds no settings")
+    return found
+
+
+def read_own(folder):
+    """The settings that :func:`save` has left in a folder, or None."""
+    if not (folder / OWN).exists():
+        return None
+    found = read_json(folder / OWN, "")
+    if missing := {"loop", "insert", "padding", "lora", "base"} - found.keys():
+        raise ValueError(f"source: {folder / OWN} is damaged: it has no {', '.join(sorted(missing))}")
+    return found
+
+
+def weight_files(folder):
+    """The safetensors files of the original; FileNotFoundError if there are none, or one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index, "")["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        why = "; its weights are pickled, and a pickle can run code: convert them to safetensors" * pickled
+        raise FileNotFoundError(
+            f"source: {folder / missing[0]} is missing{why or '; the download is not whole: repeat it'}"
+        )
+    return [folder / name for name in names]
+
+
+def check_memory(folder, dtype, device):
+    """Raise MemoryError unless the weights of a folder fit into a device's free memory."""
+    numbers = 0
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                numbers += sum(torch.Size(weights.get_slice(k).get_shape()).numel() for k in weights.keys())
+        except SafetensorError as error:
+            raise ValueError(f"source: {file} is damaged: {error}; download it again") from error
+    needed, free = numbers * dtype.itemsize, machine.free_bytes(device)
+    if free is not None and needed > free:
+        smaller = "dtype='bfloat16' takes half, or " if dtype != torch.bfloat16 else ""
+        raise MemoryError(
+            f"source: its {numbers / 1e9:.2f} billion weights take {needed / 2**30:.1f} GiB, {device} has "
+            f"{free / 2**30:.1f} free; {smaller}choose a smaller model or another device"
+        )
+
+
+def load_original(folder, dtype, trust_remote_code):
+    """The model of a folder, by transformers; an error unless every weight is found."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from . import jet, ouro  # these are not transformers' own, and load it
+
+    for module in (jet, ouro):
+        module.register()
+    settings = read_json(folder / "config.json", "it is no folder of a model of transformers")
+    native = settings.get("model_type") in CONFIG_MAPPING
+    if not native and not trust_remote_code:
+        code = "; it brings code of its own: read that, then give trust_remote_code=True"
+        kind = settings.get("model_type")
+        raise ValueError(
+            f"source: {kind!r} is no model of this version of transformers{code * ('auto_map' in settings)}"
+        )
+    options = dict(local_files_only=True, trust_remote_code=trust_remote_code and not native)
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"source: {folder} cannot be read: {error}") from error
+    if missing := sorted(notes["missing_keys"]):
+        raise ValueError(
+            f"source: {folder} lacks {len(missing)} weights of a {config.model_type}, such as {missing[0]}"
+        )
+    return model
+
+
+def load_tokenizer(folder, trust_remote_code=False):
+    """The tokenizer of a folder, None if there is none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    options = dict(local_files_only=True, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # what a damaged file raises depends on its format
+        raise ValueError(f"source: the tokenizer of {folder} cannot be read: {error}") from error
+
+
+def check_tokenizer(tokenizer, vocab_size):
+    """Raise ValueError if a tokenizer has tokens for which a model has no embedding."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"tokenizer: its tokens go up to {largest}, the model's to {vocab_size - 1}: it belongs to "
+            "another model; take the one that came with the weights"
+        )
+
+
+def save(model, folder, *, base=True):
+    """Write a model to a folder, from which :func:`load` makes it again.
+
+    Parameters
+    ----------
+    model : PretrainedLM
+    folder : path_like
+    base : bool
+        Whether to write the original's weights too, in transformers' own format, which then can read them.
+        If not, what was added is written, and where the original came from: some megabytes.
+
+    Raises
+    ------
+    ValueError
+        If `base` is False and the original's own weights may have changed, or came from nowhere.
+
+    Chapter: 16_pretrained
+    """
+    folder, source = Path(folder), getattr(model, "source", None)
+    lora, tokenizer = getattr(model, "lora", None), getattr(model, "tokenizer", None)
+    if not base and source is None:
+        raise ValueError("base: nobody knows where the original came from; save it too, with base=True")
+    if not base and any(p.requires_grad for p in model.original_parameters()):
+        raise ValueError("base: the original's weights may have been trained; save them too, with base=True")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        if base:
+            weights = without_lora(model.original.state_dict())
+            model.original.save_pretrained(part, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
+        added = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if model.is_added(k)}
+        save_file(added, part / OWN_WEIGHTS)
+        notes = model.settings() | dict(lora=lora and vars(lora), base=None if base else source)
+        write_atomically(part / OWN, json.dumps(notes, indent=1).encode())
+        folder.mkdir(exist_ok=True)
+        for file in sorted(part.iterdir(), key=lambda file: file.name == OWN):  # the settings last
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_own(model, folder):
+    """Fill what was added to a model from a folder that :func:`save` has written."""
+    file = folder / OWN_WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"source: {file} is missing")
+    try:
+        added = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"source: {file} is damaged: {error}") from error
+    own = {k: v.shape for k, v in model.state_dict().items() if model.is_added(k)}
+    if own != {k: v.shape for k, v in added.items()}:
+        odd = sorted(own.keys() ^ added.keys()) or sorted(k for k in own if own[k] != added[k].shape)
+        raise ValueError(f"source: {file} does not fit {folder / OWN}, for example in {odd[0]}")
+    model.load_state_dict(added, strict=False)

@@ -1,0 +1,122 @@
+"""Ouro, a transformer that loops by itself: two norms a sublayer, and the final norm in the loop."""
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
+
+from .adapter import PretrainedLM, family
+from .blocks import AttentionBlock
+
+NORMS = ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2")
+
+
+class OuroConfig(LlamaConfig):
+    """The configuration of ByteDance/Ouro-1.4B and its kin, as their config.json has it."""
+
+    model_type = "ouro"
+
+    total_ut_steps: int = 4
+    early_exit_threshold: float = 1.0
+
+
+class OuroLayer(nn.Module):
+    """The weights of one layer."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.self_attn = llama.LlamaAttention(config, index)
+        self.mlp = llama.LlamaMLP(config)
+        for name in NORMS:
+            setattr(self, name, llama.LlamaRMSNorm(config.hidden_size, config.rms_norm_eps))
+
+
+class OuroModel(PreTrainedModel):
+    """The weights between embedding and head.  The gate of Ouro's early exit is kept, and not used."""
+
+    config_class = OuroConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(OuroLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = llama.LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = llama.LlamaRotaryEmbedding(config)
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+class OuroForCausalLM(PreTrainedModel):
+    """Ouro's weights under their own names; how they are run is said by :class:`Ouro`.
+
+    transformers has no Ouro of its own.  With this one a checkpoint is read without running code that
+    came with it.
+    """
+
+    config_class = OuroConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OuroModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class OuroBlock(AttentionBlock):
+    """A layer of Ouro; the last one ends with the final norm.
+
+    Chapter: 16_pretrained
+    """
+
+    def __init__(self, layer, num_heads, rotary, *, final=None, **options):
+        super().__init__(layer, num_heads, rotary, norms=NORMS, **options)
+        self.final = (final,)  # the model's: registered here it would be saved twice
+
+    def forward(self, h, memory, sliding_window=None, write_only=False):
+        """Map h (B, T, D) and this block's memory to the next h, None if `write_only`, and memory."""
+        h, memory = super().forward(h, memory, sliding_window, write_only)
+        (norm,) = self.final
+        return h if h is None or norm is None else norm(h), memory
+
+
+@family("ouro")
+class Ouro(PretrainedLM):
+    """Ouro, asleep in layers that are inserted, ``insert=published.SIX_JET``.
+
+    Ouro's own loops are replaced by those of sleep: awake it reads once, as Ouro with ``total_ut_steps = 1``.
+    The final norm stands behind the last layer, so each pass over all layers ends with it.
+
+    Chapter: 16_pretrained
+    """
+
+    def __init__(self, original, **options):
+        super().__init__(original, **options)
+        if self.insert is not None and self.insert.after[-1] == self.config.num_hidden_layers - 1:
+            last = self.config.num_hidden_layers - 2
+            raise ValueError(f"insert.after must be at most {last}: Ouro's final norm follows its last layer")
+
+    def make_blocks(self, body, *, padded, backend):
+        """An attention block for each layer."""
+        last, options = len(body.layers) - 1, dict(padded=padded)
+        return [
+            OuroBlock(
+                layer,
+                self.config.num_attention_heads,
+                body.rotary_emb,
+                final=body.norm if i == last else None,
+                **options,
+            )
+            for i, layer in enumerate(body.layers)
+        ]
+
+    def readout(self, h):
+        """Map h (B, T, D), normed in the loop, to logits (B, T, vocab)."""
+        self.check_h(h)
+        return self.head(h)
+
+
+def register():
+    """Tell transformers of this family, so that it reads a checkpoint without the code that comes with it."""
+    AutoConfig.register("ouro", OuroConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OuroConfig, OuroForCausalLM, exist_ok=True)
