@@ -59,3 +59,12 @@ def test_what_does_not_exist_is_refused(convert):
     with pytest.raises(KeyError):
         convert.inline("{cite}`nobody1900nothing`")
     assert convert.inline("{cite}`vaswani2017attention`").startswith("([Vaswani et al. 2017](https://arxiv.org/abs/")
+
+
+def test_terms_become_links_and_functions_become_code(convert):
+    glossary = f"{convert.base}/book/glossary.md"
+    assert convert.inline("the {term}`caches <cache>`, a {term}`cache`") == (
+        f"the [caches]({glossary}), a [cache]({glossary})"
+    )
+    assert convert.inline("{py:func}`~sleeplib.kernels.softmax_attention`") == "`softmax_attention`"
+    assert convert.inline("{py:func}`sl.sleep <sleeplib.algorithm.sleep>`") == "`sl.sleep`"
