@@ -212,3 +212,27 @@ def test_the_table_of_contents_has_every_page():
     toc = (ROOT / "_toc.yml").read_text()
     for source in SOURCES:
         assert f"book/{source.stem}" in toc
+
+
+FIRST_HALF = pytest.mark.parametrize("source", [s for s in SOURCES if s.stem < "08"], ids=lambda s: s.stem)
+
+
+@FIRST_HALF
+def test_goals_a_summary_and_five_answered_questions(source):
+    text = source.read_text()
+    assert re.search(r"^After this chapter you can$", text, re.MULTILINE)
+    assert "```{admonition} Summary\n" in text
+    found = re.search(
+        r"^## Paper and pencil\n(.*?)^```\{admonition\} Answers\n:class: dropdown\n(.*?)^```$",
+        text,
+        re.MULTILINE | re.DOTALL,
+    )
+    assert found, "five questions, and a folded box with five answers"
+    for part in found.groups():
+        assert re.findall(r"^(\d+)\. ", part, re.MULTILINE) == list("12345")
+
+
+@FIRST_HALF
+def test_code_fits_the_page(source):
+    for cell in code_cells(builder.assemble(source))[1:]:
+        assert max(map(len, cell.source.splitlines())) <= 84, cell.source[:200]
