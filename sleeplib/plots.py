@@ -35,7 +35,7 @@ def use_style():
     sns.set_theme(context="notebook", style="whitegrid", rc=rc)
 
 
-def picture(fig, colors=64, dpi=180):
+def picture(fig, colors=64, dpi=160):
     """Render a figure to a small lossless WebP and close it.
 
     Parameters
@@ -44,7 +44,7 @@ def picture(fig, colors=64, dpi=180):
     colors : int
         Size of the palette.
     dpi : int
-        180 gives 1.6 pixels for each of a page's.
+        160 gives 1.5 pixels for each of a page's.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def img(fig, alt, caption="", **options):
     return f'<img {kind}src="data:image/webp;base64,{data}" alt="{html.escape(alt)}" {size}>'
 
 
-def show(fig, alt, caption=None, *, colors=64, dpi=180):
+def show(fig, alt, caption=None, *, colors=64, dpi=160):
     """Display a figure with alt text and a caption; make it the last line of a cell.
 
     Parameters

@@ -54,7 +54,7 @@ def frame_slider(frames, labels, alt, title, **options):
             "frames, labels and alt must be of one length, at least 1; "
             f"got {len(frames)}, {len(labels)}, {len(alts)}"
         )
-    options = {"colors": 32, "dpi": 130} | options  # there are many of them
+    options = {"colors": 32, "dpi": 115} | options  # there are many of them
     pictures = [img(figure, text, **options) for figure, text in zip(frames, alts)]
     return FrameSlider(pictures, labels, title)
 
