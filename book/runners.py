@@ -65,6 +65,10 @@ class Converter:
         place = f"colab/{name}.ipynb" if chapter else f"book/{name}.md"
         return f"[{text or self.titles[name]}]({self.base}/{place})"
 
+    def term(self, found):
+        """``{term}`text <term>``` as a link to the glossary."""
+        return f"[{spoken(found[1])}]({self.base}/book/glossary.md)"
+
     def box(self, found):
         """An admonition as a quotation, or, if it is folded on the page, as details."""
         head, options, body = found[1].strip(), found[2], self.inline(found[3].strip())
@@ -74,6 +78,8 @@ class Converter:
 
     def inline(self, text):
         text = re.sub(r"\{cite\}`([^`]*)`", self.citation, text)
+        text = re.sub(r"\{term\}`([^`]*)`", self.term, text)
+        text = re.sub(r"\{py:\w+\}`([^`]*)`", lambda found: f"`{spoken(found[1])}`", text)
         return re.sub(r"\{doc\}`([^`]*)`", self.link, text)
 
     def markdown(self, text):
@@ -105,6 +111,13 @@ class Converter:
         notebook.cells = cells
         notebook.metadata.colab = {"provenance": []}
         return notebook
+
+
+def spoken(target):
+    """What a role shows: the text of ``text <target>``, the last name of ``~package.name``."""
+    if found := re.fullmatch(r"(.*?)\s*<[^>]*>", target, re.DOTALL):
+        return found[1]
+    return target.rpartition(".")[2] if target.startswith("~") else target
 
 
 def title(text):

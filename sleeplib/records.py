@@ -178,6 +178,33 @@ def final_scores(preset, passes, seeds=None, out=None, key="exact"):
     return {r["seed"]: r["final"][key] for r in runs if seeds is None or r["seed"] in seeds}
 
 
+def score_table(arms, seeds, key="exact"):
+    """Final scores as lines of text: an arm a line, a column for each seed, a dash where nothing was run.
+
+    Parameters
+    ----------
+    arms : dict
+        Label to (preset, N), or to (preset, N, folder) for records that lie elsewhere.
+    seeds : sequence of int
+    key : str
+        A metric of the records.
+
+    Returns
+    -------
+    str
+
+    Chapter: 11_rule110
+    """
+    width = max(map(len, arms))
+    lines = [f"{'seed':{width}}  " + "  ".join(f"{seed:4}" for seed in seeds) + "    mean"]
+    for label, (preset, passes, *folder) in arms.items():
+        scores = final_scores(preset, passes, seeds, *folder, key=key)
+        columns = "  ".join(f"{scores[seed]:.2f}" if seed in scores else "   -" for seed in seeds)
+        mean = f"{sum(scores.values()) / len(scores):.2f}" if scores else "not run yet"
+        lines.append(f"{label:{width}}  {columns}    {mean}")
+    return "\n".join(lines)
+
+
 def versions():
     """Versions of what a run depends on."""
     found = {"python": platform.python_version()} | dict.fromkeys(LIBRARIES, "not installed")

@@ -67,6 +67,17 @@ def test_final_scores_are_those_of_finished_runs(tmp_path):
     assert records.final_scores("p", 2, out=tmp_path) == {}
 
 
+def test_a_table_has_a_column_a_seed_and_a_dash_where_nothing_was_run(tmp_path):
+    for seed, score in ((0, 0.5), (2, 0.75)):
+        records.save_record(record(4, seed, final={"exact": score}), tmp_path)
+    arms = {"asleep": ("p", 4, tmp_path), "awake, too": ("p", 1, tmp_path)}
+    assert records.score_table(arms, (0, 1, 2)).split("\n") == [
+        "seed           0     1     2    mean",
+        "asleep      0.50     -  0.75    0.62",
+        "awake, too     -     -     -    not run yet",
+    ]
+
+
 def refuse(code):
     return OSError(code, os.strerror(code))
 
