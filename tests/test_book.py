@@ -31,7 +31,9 @@ def load_builder():
 
 builder = load_builder()
 SOURCES = builder.sources()
+LAB_RECORDS = [s for s in SOURCES if s.stem.endswith("_lab")]
 each_chapter = pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+each_lesson = pytest.mark.parametrize("source", sorted(set(SOURCES) - set(LAB_RECORDS)), ids=lambda s: s.stem)
 
 
 def read(source):
@@ -158,7 +160,7 @@ def test_the_header_says_minutes_and_memory(source):
     assert re.search(r"Measured: .*minute.*[MG]B", first), "say 'Measured: 5 minutes, 0.9 GB on 2 CPU cores.'"
 
 
-@each_chapter
+@each_lesson
 def test_functions_by_hand_are_named_where_this_lives(source):
     notebook = read(source)
     by_hand = {
@@ -171,6 +173,16 @@ def test_functions_by_hand_are_named_where_this_lives(source):
     home = section(notebook, "Where this lives")
     assert home, "a chapter ends with '## Where this lives'"
     assert not {name for name in by_hand if name not in home}
+
+
+@pytest.mark.parametrize("source", LAB_RECORDS, ids=lambda s: s.stem)
+def test_a_lab_record_lies_under_its_lesson_and_both_link_each_other(source):
+    lesson = source.with_name(f"{source.stem.removesuffix('_lab')}.md")
+    for page, other in ((source, lesson), (lesson, source)):
+        assert f"<{other.stem}>`" in page.read_text(), f"{page.stem} does not link {other.stem}"
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+    under = {c["file"]: c.get("sections", ()) for part in parts for c in part["chapters"]}
+    assert {"file": f"book/{source.stem}"} in under[f"book/{lesson.stem}"]
 
 
 def test_every_docstring_points_to_a_chapter_that_points_back():
