@@ -185,6 +185,26 @@ def test_a_lab_record_lies_under_its_lesson_and_both_link_each_other(source):
     assert {"file": f"book/{source.stem}"} in under[f"book/{lesson.stem}"]
 
 
+SECOND_HALF = [s for s in SOURCES if "08" <= s.stem < "16"]
+
+
+@pytest.mark.parametrize("source", sorted(set(SECOND_HALF) - set(LAB_RECORDS)), ids=lambda s: s.stem)
+def test_a_lesson_has_goals_a_summary_and_five_questions_with_folded_answers(source):
+    text = source.read_text()
+    assert "After this chapter you can\n" in text
+    assert re.search(r"\{admonition\} (Summary|In short)\n", text)
+    questions = re.split(r"paper and pencil", text, flags=re.IGNORECASE)[1]
+    assert re.findall(r"^(?:\*\*)?([1-5])\.", questions, re.MULTILINE)[:5] == list("12345")
+    assert re.search(r"\{admonition\} Answers?\n:class: dropdown", questions)
+
+
+@pytest.mark.parametrize("source", SECOND_HALF, ids=lambda s: s.stem)
+def test_code_in_plain_view_fits_the_page(source):
+    for cell in code_cells(builder.assemble(source))[1:]:
+        if "hide-input" not in cell.metadata.get("tags", []):
+            assert max(map(len, cell.source.splitlines())) <= 84, cell.source[:200]
+
+
 def test_every_docstring_points_to_a_chapter_that_points_back():
     written = {s.stem: s for s in SOURCES}
     assert not NOT_WRITTEN & set(written), "written by now: take it off the list"
