@@ -1,5 +1,6 @@
 """What it costs to teach a pretrained model to sleep: operations and bytes, before anything is downloaded."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -118,10 +119,11 @@ def cached_bytes(model, tokens):
 
 
 def step_bytes(model, train, reading, passes, batch=1):
-    """Predicted peak memory of one training step, `batch` sequences at a time, windows recomputed.
+    """Predicted peak memory of one training step, `batch` sequences at a time.
 
-    The step is followed on device "meta", as :func:`training_bytes` does it; weights and what learning adds
-    are :func:`weight_bytes`.
+    The step is followed on device "meta", as :func:`training_bytes` does it, each gradient dropped as soon as
+    it is made: what is alive then grows in a line with the windows.  To that come :func:`weight_bytes`, in
+    which all gradients are.
 
     Chapter: 16_pretrained
     """
@@ -129,10 +131,21 @@ def step_bytes(model, train, reading, passes, batch=1):
     labels = inputs + IGNORE
     options = dict(window=reading.tokens[0], passes=passes, checkpoint=train.checkpoint)
     awake = tuple(not asleep for asleep in reading.asleep)
-    peak = followed_bytes(model, inputs, labels, awake, train.precision, **options)
-    # gradients of weights are counted in both
-    return (
-        peak
-        + weight_bytes(model, train)
-        - sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    )
+    with without_gradients(model):
+        peak = followed_bytes(model, inputs, labels, awake, train.precision, **options)
+    return peak + weight_bytes(model, train)
+
+
+@contextmanager
+def without_gradients(model):
+    """Within `with` no parameter keeps its gradient."""
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in model.parameters()
+        if p.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

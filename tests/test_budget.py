@@ -76,6 +76,17 @@ def test_passes_and_recomputation_multiply_what_they_repeat():
     assert 3 < cost < 3.05  # frozen matrices need no gradient
 
 
+def test_memory_is_a_line_in_the_windows_and_grows_with_the_passes():
+    model = on_meta({k: v for k, v in JET.items() if k not in ("auto_map", "torch_dtype")})
+    train, sizes = TrainConfig(1, 1, checkpoint=True), {}
+    for tokens, passes in ((64, 2), (128, 2), (192, 2), (64, 3)):
+        reading = budget.Reading((tokens, 4), (True, False))
+        peak = budget.step_bytes(model, train, reading, passes)
+        sizes[tokens, passes] = peak - budget.weight_bytes(model, train)
+    assert sizes[192, 2] - sizes[128, 2] == pytest.approx(sizes[128, 2] - sizes[64, 2], rel=0.1)
+    assert sizes[64, 3] > 1.2 * sizes[64, 2]
+
+
 def test_low_rank_differences_need_little_beside_the_weights():
     train = TrainConfig(1, 1)
     whole, low = (on_meta("Qwen/Qwen3.5-0.8B", lora=lora) for lora in (None, LoRA()))
@@ -98,13 +109,13 @@ def test_followed_memory_is_what_a_step_takes(tmp_path, name):
     labels = torch.full_like(inputs, -100)
     labels[:, 32:] = 1
     # without the compiled loops, which no GPU runs
-    with patch.object(jit, "plain", lambda *tensors: False), flops.LiveBytes() as live:
+    unplain = patch.object(jit, "plain", lambda *tensors: False)
+    with unplain, budget.without_gradients(model), flops.LiveBytes() as live:
         options = dict(window=16, passes=3, checkpoint=True, return_logits=False)
         sl.sleep_forward(model, inputs, labels, **options).loss.backward()
-    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
     reading = budget.Reading((16, 16, 8), (True, True, False))
     followed = budget.step_bytes(model.to("meta"), train, reading, 3, 2) - budget.weight_bytes(model, train)
-    followed += sum(4 * p.numel() for p in model.parameters())
     assert followed == pytest.approx(live.peak, rel=0.04)
 
 

@@ -10,7 +10,7 @@ from tiny import close
 from tiny_families import JET, OURO, VOCAB, jet_logits, jet_shapes, ouro_logits, ouro_shapes, write_checkpoint
 
 import sleeplib as sl
-from sleeplib.pretrained import FAMILIES, Insert, jet, ouro
+from sleeplib.pretrained import FAMILIES, Insert, jet, load, ouro, save
 from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 FAMILY = {"ouro": (OURO, ouro_shapes, ouro_logits), "jet_nemotron": (JET, jet_shapes, jet_logits)}
@@ -72,6 +72,32 @@ def test_one_pass_is_the_original(family):
     logits, _ = model(tokens, model.initial_state(2))
     wanted = torch.stack([FAMILY[name][2](tensors, config, row) for row in tokens]).float()
     close(logits, wanted, 1e-5)
+
+
+def flipped_taps(model):
+    w2 = model.layers[0].layer.self_attn.dynamic_conv1d.kernel_generator.w2
+    w2.weight.copy_(w2.weight.unflatten(0, (-1, 4)).flip(1).flatten(0, 1))
+
+
+FAULTS = {
+    "one norm is missing": ("ouro", lambda m: setattr(m.layers[1], "norms", (*ouro.NORMS[:3], None))),
+    "no final norm": ("ouro", lambda m: setattr(m.layers[-1], "final", (None,))),
+    "a window without an end": ("jet_nemotron", lambda m: setattr(m.layers[4], "own_window", None)),
+    "taps the wrong way": ("jet_nemotron", flipped_taps),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_reference_tells_what_is_wrong(tmp_path, fault):
+    name, plant = FAULTS[fault]
+    config, shapes, reference = FAMILY[name]
+    tensors, tokens = write_checkpoint(tmp_path, config, shapes(config)), some_tokens(9, batch=1)
+    model = FAMILIES[name](original(tmp_path))
+    plant(model)
+    with pytest.raises(AssertionError, match="off by"):
+        logits, _ = model(tokens, model.initial_state(1))
+        close(logits[0], reference(tensors, config, tokens[0]).float(), 1e-5)
 
 
 @torch.no_grad()
@@ -195,6 +221,30 @@ def test_weights_are_saved_under_the_family_s_own_names(family, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == config["model_type"] and saved["layer_types"] == config["layer_types"]
     original(tmp_path)
+
+
+@torch.no_grad()
+def test_what_was_added_is_saved_and_read_again(family, tmp_path):
+    model, (name, folder, _, _) = sleepy(family), family
+    model.source = (str(folder), None)
+    save(model, tmp_path / "slept")
+    again = load(tmp_path / "slept")
+    assert type(again) is FAMILIES[name] and again.loop == model.loop
+    states = [sl.sleep(m, some_tokens(WINDOW), m.initial_state(2), 3) for m in (model, again)]
+    ask = some_tokens(3, seed=2)
+    close(*(m(ask, state)[0] for m, state in zip((model, again), states)))
+
+
+@torch.no_grad()
+def test_half_precision_is_near_the_original(family):
+    _, folder, _, _ = family
+    insert = INSERT if family[0] == "ouro" else None
+    wide, low = (load(folder, insert=insert, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    states = [sl.sleep(m, some_tokens(WINDOW), m.initial_state(2), 2) for m in (wide, low)]
+    ask = some_tokens(3, seed=2)
+    one, two = (m(ask, state)[0].float() for m, state in zip((wide, low), states))
+    assert (one - two).abs().max() < 0.1 * one.abs().max()
+    assert {S.dtype for S in states[1].fast_weights if S is not None} == {torch.float32}
 
 
 def test_what_does_not_fit_is_refused(family, tmp_path):
