@@ -338,5 +338,8 @@ def test_a_task_in_the_tokens_of_a_model(folders):
     assert str(solve_text(text.partition(" Answer:")[0])) == answer.strip()
     with pytest.raises(ValueError, match="room: question and answer take"):
         TokenizedGSM(**STORY, source=source, vocab_size=VOCAB, room=4).batch(3, np.random.default_rng(0))
+    short = TokenizedGSM(**STORY | dict(tokens=(5, 6), window=6), source=source, vocab_size=VOCAB, room=5)
+    with pytest.raises(ValueError, match="too short for a problem"):
+        short.batch(1, np.random.default_rng(0))
     with pytest.raises(ValueError, match="tokenizer: its tokens go up to 257, the model's to 99"):
         TokenizedGSM(**STORY, source=source, vocab_size=100).batch(1, np.random.default_rng(0))

@@ -55,6 +55,9 @@ class TokenizedGSM(GSMInfinite):
             raise ValueError("solution must be False: a pretrained model is asked for the answer alone")
         super().__post_init__()
 
+    def _check_possible(self):
+        """A tokenizer must be there to count; the first batch says whether there are such problems."""
+
     @property
     def length(self):
         """T, tokens in a sequence."""
