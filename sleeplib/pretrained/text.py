@@ -13,7 +13,8 @@ from ..tasks import GSMInfinite
 from ..tasks.base import IGNORE
 from ..tasks.gsm_infinite.chance import gather, sample_targets
 from ..tasks.gsm_infinite.tokens import padding
-from .loading import check_tokenizer, fetch, load_tokenizer
+from .files import fetch
+from .loading import check_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
