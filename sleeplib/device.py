@@ -94,16 +94,17 @@ def find_device(name):
 
 @cache
 def multiplies_bfloat16(device):
-    """Whether a device has instructions for products in bfloat16.
+    """Whether a device multiplies matrices in bfloat16 faster than in float32.
 
-    A GPU before Ampere and most CPUs only emulate them, slower than float32.
+    A GPU before Ampere and most CPUs only emulate such products. An x86 processor needs AMX: with AVX-512's
+    bfloat16 instructions alone, one core made 82 GFLOP/s where float32 made 143 (2048 x 512 x 1376).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN says yes to AVX-512 without them too
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN says yes to AVX-512, too
+        return torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

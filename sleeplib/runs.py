@@ -40,7 +40,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     """Train one preset with one N and one seed, and write its record.
 
     Under torchrun several processes train it together, data-parallel: ``torchrun --nproc-per-node 2 -m
-    sleeplib run ...``; they must see the same files.  A run may go on with another number of processes.
+    sleeplib run ...``; they must see the same files.  A run may go on with another number of processes.  With
+    ``train.shard`` each keeps only a part of the weights and of the optimizers' memory.
 
     Parameters
     ----------

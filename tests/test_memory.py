@@ -138,3 +138,12 @@ def test_a_t4_has_no_bfloat16(monkeypatch):
     for capability, has in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert device.multiplies_bfloat16.__wrapped__(torch.device("cuda")) == has
+
+
+def test_an_x86_processor_needs_amx_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
+        assert device.multiplies_bfloat16.__wrapped__(torch.device("cpu")) == amx

@@ -117,6 +117,24 @@ def test_the_originals_weights_may_be_bfloat16_and_what_is_added_is_not(folders)
     assert model(padded_batch()[0], state)[0].dtype == torch.bfloat16
 
 
+def test_text_is_read_asleep_and_written_on(folders):
+    model, text = load(folders["qwen3_5"]), "One, two, three, four."
+    written = pretrained.write(model, text, 6, window=8, passes=3)
+    sleeper = sl.Sleeper(model, window=8, passes=3)
+    sleeper.feed(model.tokenizer(text, return_tensors="pt").input_ids)
+    tokens = sleeper.generate(6)[0].tolist()
+    assert sleeper.naps == 3 and written == model.tokenizer.decode(tokens)
+    model.tokenizer.eos_token_id = tokens[3]  # where it would have ended
+    assert pretrained.write(model, text, 6, window=8, passes=3) == model.tokenizer.decode(
+        tokens[: tokens.index(tokens[3])]
+    )
+    with pytest.raises(ValueError, match="text: there is nothing to read"):
+        pretrained.write(model, "", 6, window=8)
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="model: it came without a tokenizer"):
+        pretrained.write(model, text, 6, window=8)
+
+
 # What goes wrong
 
 
@@ -320,5 +338,8 @@ def test_a_task_in_the_tokens_of_a_model(folders):
     assert str(solve_text(text.partition(" Answer:")[0])) == answer.strip()
     with pytest.raises(ValueError, match="room: question and answer take"):
         TokenizedGSM(**STORY, source=source, vocab_size=VOCAB, room=4).batch(3, np.random.default_rng(0))
+    short = TokenizedGSM(**STORY | dict(tokens=(5, 6), window=6), source=source, vocab_size=VOCAB, room=5)
+    with pytest.raises(ValueError, match="too short for a problem"):
+        short.batch(1, np.random.default_rng(0))
     with pytest.raises(ValueError, match="tokenizer: its tokens go up to 257, the model's to 99"):
         TokenizedGSM(**STORY, source=source, vocab_size=100).batch(1, np.random.default_rng(0))

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from tiny_pretrained import tiny_original
+from tiny_pretrained import byte_tokenizer, tiny_original
 
 import sleeplib as sl
 from sleeplib import checkpoints, processes
@@ -129,6 +129,21 @@ def test_memory_is_predicted_without_weights(sources, tmp_path):
     numbers = sum(p.numel() for p in recipe.model.on_meta().original_parameters())
     assert predicted[None] > 16 * numbers
     assert predicted[LoRA(2, 4)] < predicted[None] - 6 * numbers
+
+
+def test_the_small_preset_runs_on_any_checkpoint_of_its_family(tmp_path):
+    """On a tiny one with weights in bfloat16 here: what is learned is low-rank differences in float32."""
+    original = tiny_original("qwen3_5", vocab_size=260, pad_token_id=257, eos_token_id=256)
+    original.save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    settings = {"source": str(tmp_path / "source"), "vocab_size": 260}
+    settings = {f"{part}.{k}": v for part in ("task", "model") for k, v in settings.items()}
+    settings |= {"task.tokens": (300, 900), "task.window": 450, "task.ops": (1, 2), "model.dtype": "bfloat16"}
+    settings |= {f"train.{k}": 2 for k in ("steps", "batch", "eval_batch", "eval_every")}
+    recipe = sl.experiments.get("gsm-qwen-small").replace(settings | {"train.warmup": 0, "train.decay": 0})
+    record = sl.run(recipe, 2, device="cpu", out=tmp_path / "out", threads=1)
+    assert record["status"] == "done" and record["chance"].keys() <= record["final"].keys()
+    assert record["tokens"] == 2 * 2 * 912 and "--set model.dtype=bfloat16" in record["command"]
 
 
 def test_a_vocabulary_of_another_size_is_refused(sources):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from ..checks import integer
 from ..tasks.gsm_infinite.tokens import padding
 from .adapter import Insert
-from .loading import fetch, load, load_tokenizer, read_json, read_own
+from .files import fetch, read_json
+from .loading import load, load_tokenizer, read_own
 from .lora import LoRA
 from .published import PUBLISHED, on_meta
 

@@ -13,7 +13,8 @@ from ..tasks import GSMInfinite
 from ..tasks.base import IGNORE
 from ..tasks.gsm_infinite.chance import gather, sample_targets
 from ..tasks.gsm_infinite.tokens import padding
-from .loading import check_tokenizer, fetch, load_tokenizer
+from .files import fetch
+from .loading import check_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class TokenizedGSM(GSMInfinite):
         if self.solution:
             raise ValueError("solution must be False: a pretrained model is asked for the answer alone")
         super().__post_init__()
+
+    def _check_possible(self):
+        """A tokenizer must be there to count; the first batch says whether there are such problems."""
 
     @property
     def length(self):

@@ -126,7 +126,7 @@ class GSMInfinite(ContextTask):
                 f"window={self.window} cuts the solution: tokens {first} .. {self.length - 1} of a sequence "
                 "must lie in one window"
             )
-        check_possible(self)
+        self._check_possible()
 
     @property
     def modes(self):
@@ -317,6 +317,9 @@ class GSMInfinite(ContextTask):
             if cell:
                 result[f"{name}/{MODES[int(cell) // 100]}-{int(cell) % 100}"] = value
         return result
+
+    def _check_possible(self):
+        check_possible(self)
 
     def _reader(self, tokenizer):
         """Text to ids by a tokenizer, or None for the closed vocabulary."""
