@@ -1,0 +1,151 @@
+"""Every master: the solution has full marks, the stub none, and each mistake loses what the rubric says."""
+
+import functools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "course"))
+from masters import parser, read, sources  # noqa: E402
+
+SEEDS = ("one secret", "another secret")
+EXAMPLE = re.search(r"`````markdown\n(.*?)`````", (ROOT / "course" / "README.md").read_text(), re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    path = tmp_path_factory.mktemp("master") / "a0_means.md"
+    path.write_text(EXAMPLE)
+    return path
+
+
+@functools.cache
+def load(source):
+    assignment = read(source)
+    return assignment, assignment.setup
+
+
+def marks(exercise, namespace, cell, name, seed):
+    namespace = dict(namespace)
+    parser.define(cell, namespace, name)
+    verdicts = parser.judge(exercise, namespace[name], namespace, seed)
+    return {check for check, wrong in verdicts.items() if wrong is None}
+
+
+def assert_sound(exercise, namespace):
+    """Raise AssertionError unless everything in an exercise scores as its master says."""
+    everything = {check.name for check in exercise.hidden}
+    for check in (exercise.check.source, *(check.source for check in exercise.hidden)):
+        assert not parser.private_names(check)
+    for seed in SEEDS:
+        solution = exercise.solution.source
+        assert marks(exercise, namespace, solution, f"{exercise.name}_solution", seed) == everything
+        assert marks(exercise, namespace, exercise.stub.source, exercise.name, seed) == set()
+        for mistake in exercise.mistakes:
+            lost = everything - marks(exercise, namespace, mistake.source, mistake.name, seed)
+            assert lost == set(mistake.loses), mistake.name
+
+
+def assert_visible_check(exercise, namespace):
+    namespace = dict(namespace)
+    for cell in (exercise.stub, exercise.check, exercise.solution):
+        parser.define(cell.source, namespace, exercise.name)
+    check = namespace[f"check_{exercise.name}"]
+    check(namespace[f"{exercise.name}_solution"])
+    with pytest.raises(Exception):  # noqa: B017  a stub may fail in any way
+        check(namespace[exercise.name])
+
+
+CASES = [pytest.param(s, n, id=f"{s.stem}-{n}") for s in sources() for n in read(s).exercises]
+
+
+@pytest.mark.parametrize(("source", "name"), CASES)
+def test_marks_are_what_the_master_says(source, name):
+    assignment, namespace = load(source)
+    assert_visible_check(assignment.exercises[name], namespace)
+    assert_sound(assignment.exercises[name], namespace)
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda s: s.stem)
+def test_a_master_is_complete(source):
+    assignment = read(source)
+    text = "\n".join(c.source for c in assignment.notebook.cells if c.cell_type == "markdown")
+    assert re.search(r"^\*★{1,3} (easy|medium|hard).*Measured: [\d.]+ minutes, [\d.]+ GB", text, re.MULTILINE)
+    assert "After this assignment you can" in text and "You need" in text
+    assert text.count("{admonition} Hint") >= len(assignment.exercises)
+    assert assignment.write_ups
+    assert sum(len(e.mistakes) for e in assignment.exercises.values()) >= 3
+
+
+def test_names_are_unique_over_all_assignments():
+    names = [name for source in sources() for name in read(source).exercises]
+    assert len(names) == len(set(names))
+
+
+def test_the_example_of_the_page_is_sound(example):
+    assignment = read(example)
+    for exercise in assignment.exercises.values():
+        assert_visible_check(exercise, assignment.setup)
+        assert_sound(exercise, assignment.setup)
+    assert assignment.points == 4 and assignment.write_ups["why"].points == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return (x / len(x)).sum(0)", "return x.mean(0) + 1"),
+        ("return np.zeros(x.shape[1])", "return x.mean(0)"),
+        ("return x.mean(0)", "return (x / len(x)).sum(0)"),
+        ("assert np.allclose(got, x.mean(0))", "assert np.isfinite(got).all()"),
+        ("assert np.allclose(answer(x) / 1e308, 1)", "assert answer(x)._private == 1"),
+    ],
+    ids=["wrong solution", "a stub that scores", "a harmless mistake", "a weak check", "a private name"],
+)
+def test_an_unsound_master_is_caught(tmp_path, old, new):
+    assert EXAMPLE.count(old) == 1
+    path = tmp_path / "a0_bad.md"
+    path.write_text(EXAMPLE.replace(old, new))
+    assignment = read(path)
+    with pytest.raises(AssertionError):
+        assert_sound(assignment.exercises["mean_row"], assignment.setup)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  memory: 512\n", "", "course: wants exactly"),
+        (":points: 3\n", "", "hidden_mean_row_values: needs"),
+        ('    """No overflow."""\n', "", "hidden_mean_row_large: needs"),
+        ("[hidden_mean_row_large]", "[hidden_mean_row]", "mean_row_mistake_overflow: loses"),
+        ("exercise-solution", "exercise-hidden", "no exercise-solution"),
+        ("exercise-check", "exercise-test", "no exercise-check"),
+        ('+++ {"tags": ["instructor"]}\n', "", "public or not"),
+        ('["writeup-rubric"]', '["writeup-prompt"]', "writeup-prompt of why"),
+        ('["instructor"]', '["instructor-only"]', "unknown tag instructor-only"),
+    ],
+)
+def test_a_malformed_master_is_refused(tmp_path, old, new, message):
+    path = tmp_path / "a0_bad.md"
+    path.write_text(EXAMPLE.replace(old, new))
+    with pytest.raises(ValueError, match=f"a0_bad.md: .*{message}"):
+        read(path)
+
+
+def test_students_see_the_public_cells_only(example):
+    text = "\n".join(cell.source for cell in parser.public_cells(read(example).notebook))
+    assert "def mean_row(x)" in text and "def check_mean_row" in text and "median" not in text
+    for private in ("hidden_mean_row", "mean_row_solution", "mean_row_mistake", "Most will"):
+        assert private not in text
+    assert "When does the mean mislead" in text and "an example with numbers" in text
