@@ -33,34 +33,37 @@ def example(tmp_path_factory):
 
 @functools.cache
 def load(source):
-    assignment = read(source)
-    return assignment, assignment.setup
+    return read(source)
 
 
-def marks(exercise, namespace, cell, name, seed):
-    namespace = dict(namespace)
-    parser.define(cell, namespace, name)
-    verdicts = parser.judge(exercise, namespace[name], namespace, seed)
-    return {check for check, wrong in verdicts.items() if wrong is None}
-
-
-def assert_sound(exercise, namespace):
+def assert_sound(assignment, name):
     """Raise AssertionError unless everything in an exercise scores as its master says."""
+    exercise, setup, answers = assignment.exercises[name], assignment.setup, assignment.setup
+    for other in assignment.exercises.values():  # later answers and mistakes may call solutions
+        parser.define(other.solution.source, answers, other.name)
+
+    def marks(source, function, seed):
+        namespace = dict(answers)
+        parser.define(source, namespace, function)
+        verdicts = parser.judge(exercise, namespace[function], setup, seed)
+        return {check for check, wrong in verdicts.items() if wrong is None}
+
     everything = {check.name for check in exercise.hidden}
     for check in (exercise.check.source, *(check.source for check in exercise.hidden)):
         assert not parser.private_names(check)
     for seed in SEEDS:
-        solution = exercise.solution.source
-        assert marks(exercise, namespace, solution, f"{exercise.name}_solution", seed) == everything
-        assert marks(exercise, namespace, exercise.stub.source, exercise.name, seed) == set()
+        assert marks(exercise.solution.source, f"{exercise.name}_solution", seed) == everything
+        assert marks(exercise.stub.source, exercise.name, seed) == set()
         for mistake in exercise.mistakes:
-            lost = everything - marks(exercise, namespace, mistake.source, mistake.name, seed)
+            lost = everything - marks(mistake.source, mistake.name, seed)
             assert lost == set(mistake.loses), mistake.name
 
 
-def assert_visible_check(exercise, namespace):
-    namespace = dict(namespace)
-    for cell in (exercise.stub, exercise.check, exercise.solution):
+def assert_visible_check(assignment, name):
+    exercise, namespace = assignment.exercises[name], assignment.setup
+    for other in assignment.exercises.values():
+        parser.define(other.solution.source, namespace, other.name)
+    for cell in (exercise.stub, exercise.check):
         parser.define(cell.source, namespace, exercise.name)
     check = namespace[f"check_{exercise.name}"]
     check(namespace[f"{exercise.name}_solution"])
@@ -73,9 +76,8 @@ CASES = [pytest.param(s, n, id=f"{s.stem}-{n}") for s in sources() for n in read
 
 @pytest.mark.parametrize(("source", "name"), CASES)
 def test_marks_are_what_the_master_says(source, name):
-    assignment, namespace = load(source)
-    assert_visible_check(assignment.exercises[name], namespace)
-    assert_sound(assignment.exercises[name], namespace)
+    assert_visible_check(load(source), name)
+    assert_sound(load(source), name)
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda s: s.stem)
@@ -96,9 +98,9 @@ def test_names_are_unique_over_all_assignments():
 
 def test_the_example_of_the_page_is_sound(example):
     assignment = read(example)
-    for exercise in assignment.exercises.values():
-        assert_visible_check(exercise, assignment.setup)
-        assert_sound(exercise, assignment.setup)
+    for name in assignment.exercises:
+        assert_visible_check(assignment, name)
+        assert_sound(assignment, name)
     assert assignment.points == 4 and assignment.write_ups["why"].points == 4
 
 
@@ -119,7 +121,7 @@ def test_an_unsound_master_is_caught(tmp_path, old, new):
     path.write_text(EXAMPLE.replace(old, new))
     assignment = read(path)
     with pytest.raises(AssertionError):
-        assert_sound(assignment.exercises["mean_row"], assignment.setup)
+        assert_sound(assignment, "mean_row")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,244 @@
+"""Make what is handed out: ``make student-release``, and with a seed ``make instructor-release SEED=...``.
+
+From each master: a handout, course/handouts/aN_topic.ipynb, which holds public cells only; one zip of all
+handouts; and, for the instructor, an autograder zip for Gradescope, made by otter.  Nothing of otter is in a
+handout.
+"""
+
+import argparse
+import hashlib
+import inspect
+import io
+import os
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import masters
+import nbformat
+import yaml
+from feedback import MARKER
+from masters import COURSE, ROOT, parser
+
+sys.path.insert(0, str(ROOT / "book"))
+from build import write
+from runners import Converter
+
+from sleeplib.records import write_atomically
+
+HANDOUTS = COURSE / "handouts"
+BUILT = ROOT / "_build" / "course"
+REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+HOW = """\
+[Open in Colab]({colab}) and save a copy, or open this file in Jupyter on your own computer. A CPU is enough.
+
+> **How it is graded.** Fill in the functions; keep their names. The cells with checks are for you: they show
+> small examples. Points come from the tables, on inputs that you do not see. Your functions get data and
+> return data. They run without a network, {call} seconds at most for one call, {total} for the whole
+> notebook. Printing earns nothing. {library} Write your answers where it says *Write here.* Hand in this
+> file, `{name}.ipynb`."""
+LIBRARY = {
+    True: "You may use `sleeplib`.",
+    False: "NumPy and PyTorch are there, `sleeplib` is not.",
+}
+README = """\
+{titles}
+
+On your own computer: Python 3.11 or newer, then
+
+    python -m pip install jupyterlab numpy torch matplotlib "git+{url}@{branch}"
+    python -m jupyterlab
+
+Each notebook says how it is graded. The book is at {url}
+"""
+TEST = '''\
+"""{title}: made by course/release.py for otter.  It holds the seed: keep it from students."""
+
+import hashlib
+
+import numpy as np
+from otter.test_files import test_case
+
+OK_FORMAT = False
+name = {exercise!r}
+SEED = {seed!r}
+SETUP = {setup!r}
+
+{generator}
+
+def judge(source, check, answer):
+    assert callable(answer), "there is no function {exercise}"
+    namespace = {{"__name__": "checks"}}
+    for text in (*SETUP, source):
+        exec(text, namespace)
+    try:
+        namespace[check](answer, generator(SEED, check))
+    except SystemExit as error:
+        raise AssertionError("it tried to end the program") from error
+'''
+CASE = '''
+
+@test_case(name={title!r}, points={points}, hidden=True)
+def {name}(env):
+    judge({source!r}, {name!r}, env.get({exercise!r}))
+'''
+
+
+def markdown(text):
+    cell = nbformat.v4.new_markdown_cell(text)
+    cell.id = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return cell
+
+
+def table(exercise):
+    """An exercise's hidden checks as the rubric that students see."""
+    rows = [f"| {check.title} | {check.points} |" for check in exercise.hidden]
+    return "\n".join(["| what is checked, on hidden inputs | points |", "|---|---|", *rows])
+
+
+def handout(assignment, convert):
+    """The notebook for students."""
+    cells, before = [], None
+    by_stub = {exercise.stub.id: exercise for exercise in assignment.exercises.values()}
+    path = f"course/handouts/{assignment.name}.ipynb"
+    owner = REPOSITORY["url"].removeprefix("https://github.com/")
+    how = HOW.format(
+        colab=f"https://colab.research.google.com/github/{owner}/blob/{REPOSITORY['branch']}/{path}",
+        name=assignment.name,
+        call=assignment.settings["call"],
+        total=assignment.settings["total"],
+        library=LIBRARY[assignment.settings["sleeplib"]],
+    )
+    for cell in parser.public_cells(assignment.notebook):
+        first = cell.cell_type == "code" and before is None
+        if first:
+            before = cell
+            cells.append(markdown(how))
+            if not assignment.settings["sleeplib"]:
+                continue  # nothing to install
+        if cell.cell_type == "markdown":
+            made = markdown(convert.markdown(cell.source))
+        else:
+            made = nbformat.v4.new_code_cell(convert.setup if first else cell.source, id=cell.id)
+        if cell.id in by_stub:
+            cells.append(markdown(table(by_stub[cell.id])))
+        cells.append(made)
+        if "writeup-rubric" in parser.tags(cell):
+            cells.append(markdown(MARKER.format(label=cell.metadata.label) + "\n\n*Write here.*"))
+    metadata = assignment.notebook.metadata | {"colab": {"provenance": []}}
+    return nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
+
+
+def secrets(assignment):
+    """Lines of a master that no student may read: those of private cells that no public one has as well."""
+    public = parser.public_cells(assignment.notebook)
+    shown = "\n".join(cell.source for cell in public)
+    shown += "".join(table(exercise) for exercise in assignment.exercises.values())
+    lines = {
+        line.strip()
+        for cell in assignment.notebook.cells
+        if cell not in public
+        for line in cell.source.splitlines()
+    }
+    titles = {check.title for exercise in assignment.exercises.values() for check in exercise.hidden}
+    lines -= {f'"""{title}"""' for title in titles}
+    return {line for line in lines if len(line) > 20 and line not in shown}
+
+
+def leaks(data, assignments):
+    """Secret lines that are in some file of a zip."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        texts = []
+        for name in archive.namelist():
+            text = archive.read(name).decode()
+            if name.endswith(".ipynb"):
+                text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells) + text
+            texts.append(text)
+    return [line for a in assignments for line in secrets(a) if any(line in text for text in texts)]
+
+
+def student_zip(assignments, notebooks):
+    """The bytes of the zip for students.  A ValueError if anything private is in it."""
+    buffer = io.BytesIO()
+    titles = "\n".join(f"{a.name}.ipynb: {a.title}" for a in assignments)
+    files = {"README.txt": README.format(titles=titles, **REPOSITORY)}
+    files |= {f"{a.name}.ipynb": nbformat.writes(n) for a, n in zip(assignments, notebooks)}
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text)
+    data = buffer.getvalue()
+    if found := leaks(data, assignments):
+        raise ValueError(f"not released: {len(found)} private lines are in it, such as {found[0]!r}")
+    return data
+
+
+def otter_test(assignment, exercise, seed):
+    """A test file of otter's for one exercise, complete in itself."""
+    setup = [cell.source for cell in parser.tagged(assignment.notebook, "exercise-setup")]
+    text = TEST.format(
+        title=assignment.title,
+        exercise=exercise.name,
+        seed=seed,
+        setup=setup,
+        generator=inspect.getsource(parser.generator),
+    )
+    for check in exercise.hidden:
+        text += CASE.format(exercise=exercise.name, **vars(check))
+    return text
+
+
+def autograder(assignment, seed, path):
+    """Write an autograder zip as Gradescope and ``otter.api.grade_submission`` take it."""
+    from otter.generate import main as generate
+
+    with tempfile.TemporaryDirectory() as folder:
+        tests = Path(folder) / "tests"
+        tests.mkdir()
+        for name, exercise in assignment.exercises.items():
+            (tests / f"{name}.py").write_text(otter_test(assignment, exercise, seed))
+        needed = Path(folder) / "requirements.txt"
+        lines = ["numpy", "torch"] + ["git+{url}@{branch}".format(**REPOSITORY)]
+        needed.write_text("\n".join(lines) + "\n")
+        made = Path(folder) / "autograder.zip"
+        generate(
+            tests_dir=str(tests),
+            output_path=str(made),
+            no_config=True,
+            requirements=str(needed),
+            no_environment=True,
+        )
+        write_atomically(path, made.read_bytes())
+    os.chmod(path, 0o600)
+
+
+def main(arguments=None):
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("part", choices=("student", "instructor"))
+    part = options.parse_args(arguments).part
+    assignments = [masters.read(path) for path in masters.sources()]
+    if part == "student":
+        convert = Converter()
+        notebooks = [handout(assignment, convert) for assignment in assignments]
+        data = student_zip(assignments, notebooks)
+        HANDOUTS.mkdir(exist_ok=True)
+        for stray in {path.stem for path in HANDOUTS.glob("*.ipynb")} - {a.name for a in assignments}:
+            (HANDOUTS / f"{stray}.ipynb").unlink()
+        for assignment, notebook in zip(assignments, notebooks):
+            write(notebook, HANDOUTS / f"{assignment.name}.ipynb")
+        write_atomically(BUILT / "student.zip", data)
+        print(f"{len(notebooks)} handouts in {HANDOUTS.relative_to(ROOT)} and _build/course/student.zip")
+        return 0
+    seed = os.environ.get("SEED", "")
+    if not seed:
+        options.error("SEED is not set: choose one that no student knows, such as a long word, and keep it")
+    for assignment in assignments:
+        path = BUILT / "instructor" / f"{assignment.name}-autograder.zip"
+        autograder(assignment, seed, path)
+        print(f"{path.relative_to(ROOT)}: {assignment.points} points")
+    print("These hold your seed and the hidden checks: do not hand them out.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
