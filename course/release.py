@@ -1,8 +1,7 @@
 """Make what is handed out: ``make student-release``, and with a seed ``make instructor-release SEED=...``.
 
-From each master: a handout, course/handouts/aN_topic.ipynb, which holds public cells only; one zip of all
-handouts; and, for the instructor, an autograder zip for Gradescope, made by otter.  Nothing of otter is in a
-handout.
+From each master: a handout, course/handouts/aN_topic.ipynb, which holds public cells only; the same as a zip;
+and, for the instructor, an autograder zip for Gradescope, made by otter.  Nothing of otter is in a handout.
 """
 
 import argparse
@@ -43,14 +42,14 @@ LIBRARY = {
     False: "NumPy and PyTorch are there, `sleeplib` is not.",
 }
 README = """\
-{titles}
+{name}.ipynb: {title}
 
 On your own computer: Python 3.11 or newer, then
 
     python -m pip install jupyterlab numpy torch matplotlib "git+{url}@{branch}"
     python -m jupyterlab
 
-Each notebook says how it is graded. The book is at {url}
+The notebook says how it is graded. The book is at {url}
 """
 TEST = '''\
 """{title}: made by course/release.py for otter.  It holds the seed: keep it from students."""
@@ -130,46 +129,44 @@ def handout(assignment, convert):
     return nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
 
 
-def secrets(assignment):
-    """Lines of a master that no student may read: those of private cells that no public one has as well."""
-    public = parser.public_cells(assignment.notebook)
-    shown = "\n".join(cell.source for cell in public)
-    shown += "".join(table(exercise) for exercise in assignment.exercises.values())
-    lines = {
-        line.strip()
-        for cell in assignment.notebook.cells
-        if cell not in public
-        for line in cell.source.splitlines()
-    }
-    titles = {check.title for exercise in assignment.exercises.values() for check in exercise.hidden}
-    lines -= {f'"""{title}"""' for title in titles}
-    return {line for line in lines if len(line) > 20 and line not in shown}
+def secrets(assignments):
+    """Lines that no student may read: those of private cells that are in no public one as well."""
+    private, shown = set(), ""
+    for assignment in assignments:
+        public = parser.public_cells(assignment.notebook)
+        shown += "\n".join(cell.source for cell in public)
+        shown += "".join(table(exercise) for exercise in assignment.exercises.values())
+        for cell in assignment.notebook.cells:
+            if cell not in public:
+                private |= {line.strip().strip('"') for line in cell.source.splitlines()}
+    return {line for line in private if len(line) > 20 and line not in shown}
 
 
-def leaks(data, assignments):
-    """Secret lines that are in some file of a zip."""
+def leaks(data, private):
+    """The lines of `private` that are in some file of a zip."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         texts = []
         for name in archive.namelist():
-            text = archive.read(name).decode()
+            texts.append(archive.read(name).decode())
             if name.endswith(".ipynb"):
-                text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells) + text
-            texts.append(text)
-    return [line for a in assignments for line in secrets(a) if any(line in text for text in texts)]
+                cells = nbformat.reads(texts[-1], as_version=4).cells
+                texts.append("\n".join(cell.source for cell in cells))
+    return sorted(line for line in private if any(line in text for text in texts))
 
 
-def student_zip(assignments, notebooks):
-    """The bytes of the zip for students.  A ValueError if anything private is in it."""
+def student_zip(assignment, notebook, private):
+    """The bytes of one assignment's zip.  A ValueError if a line of `private` is in it."""
     buffer = io.BytesIO()
-    titles = "\n".join(f"{a.name}.ipynb: {a.title}" for a in assignments)
-    files = {"README.txt": README.format(titles=titles, **REPOSITORY)}
-    files |= {f"{a.name}.ipynb": nbformat.writes(n) for a, n in zip(assignments, notebooks)}
+    files = {
+        "README.txt": README.format(name=assignment.name, title=assignment.title, **REPOSITORY),
+        f"{assignment.name}.ipynb": nbformat.writes(notebook),
+    }
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text)
     data = buffer.getvalue()
-    if found := leaks(data, assignments):
-        raise ValueError(f"not released: {len(found)} private lines are in it, such as {found[0]!r}")
+    if found := leaks(data, private):
+        raise ValueError(f"{assignment.name}: not released, {len(found)} lines are private, as {found[0]!r}")
     return data
 
 
@@ -220,14 +217,15 @@ def main(arguments=None):
     if part == "student":
         convert = Converter()
         notebooks = [handout(assignment, convert) for assignment in assignments]
-        data = student_zip(assignments, notebooks)
+        private = secrets(assignments)
+        zips = [student_zip(a, n, private) for a, n in zip(assignments, notebooks)]
         HANDOUTS.mkdir(exist_ok=True)
         for stray in {path.stem for path in HANDOUTS.glob("*.ipynb")} - {a.name for a in assignments}:
             (HANDOUTS / f"{stray}.ipynb").unlink()
-        for assignment, notebook in zip(assignments, notebooks):
+        for assignment, notebook, data in zip(assignments, notebooks, zips):
             write(notebook, HANDOUTS / f"{assignment.name}.ipynb")
-        write_atomically(BUILT / "student.zip", data)
-        print(f"{len(notebooks)} handouts in {HANDOUTS.relative_to(ROOT)} and _build/course/student.zip")
+            write_atomically(BUILT / "student" / f"{assignment.name}.zip", data)
+            print(f"_build/course/student/{assignment.name}.zip, searched: nothing private is in it")
         return 0
     seed = os.environ.get("SEED", "")
     if not seed:
