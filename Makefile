@@ -5,6 +5,7 @@ SERVE ?= 1
 SCALE ?= quick
 TASKS ?= rule110 depo gsm_infinite recall
 WORKERS ?= 2
+JOBS ?= 2
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
@@ -12,10 +13,10 @@ STAMP := .venv/.stamp
 THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test book notebooks lab reproduce clean
+.PHONY: help env test book notebooks lab reproduce student-release instructor-release grade clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP)  ## set up .venv from constraints.txt (the other targets do so themselves)
 
@@ -56,6 +57,16 @@ reproduce: $(STAMP)  ## run what is missing, one niced process a core, resumable
 	code=0; for task in $(TASKS); do \
 		$(PY) -m sleeplib reproduce $$task --scale $(SCALE) || code=$$?; test $$code != 130 || exit 130; \
 	done; exit $$code
+
+student-release: $(STAMP)  ## make the handouts of the course, and a zip of each, searched for solutions
+	$(PY) course/release.py student
+
+instructor-release: $(STAMP)  ## make autograder zips for Gradescope (SEED=a secret)
+	@SEED='$(SEED)' $(PY) course/release.py instructor
+
+grade: $(STAMP)  ## grade a folder of notebooks, resumable (SUBMISSIONS=folder SEED=a secret OUT=folder)
+	@SEED='$(SEED)' $(THREADS) $(PY) course/grade.py '$(SUBMISSIONS)' --jobs $(JOBS) \
+		$(if $(OUT),--out '$(OUT)') $(if $(WEAK),--weak)
 
 clean:  ## remove what was built; keep .venv, records and checkpoints
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -90,18 +90,21 @@ def run_cells(cells, namespace, seconds, progress=lambda number: None):
 def main():
     sock = socket.socket(fileno=int(sys.argv[1]))
     silence()
-    import torch
     import wire
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    order = wire.receive(sock)
+    text = "".join((*order["setup"], *order["cells"]))
     if sys.argv[2]:
         sys.path.insert(0, sys.argv[2])
         import sleeplib  # noqa: F401
     else:
         sys.modules["sleeplib"] = None
-    order = wire.receive(sock)
-    if "matplotlib" in "".join(order["cells"]):  # it starts a thread, which will not be allowed
+    if "torch" in text or sys.argv[2]:
+        import torch
+
+        torch.set_num_threads(1)
+    if "matplotlib" in text:  # it starts a thread, which will not be allowed
         import matplotlib.pyplot  # noqa: F401
     limit(order["memory"], order["total"])
     wire.send(sock, wire.encode({"started": True}))

@@ -159,9 +159,8 @@ def exclusive(out):
     raise SystemExit(f"OUT: another run is grading into {out}; wait until it has ended")
 
 
-def grade(folder, out, seed, jobs=2, assignments=None, say=print):
+def grade(folder, out, seed, assignments, jobs=2, say=print):
     """Grade every notebook below `folder`; returns name -> result.  Results lie under `out`."""
-    assignments = assignments or {path.stem: masters.read(path) for path in masters.sources()}
     found, out = submissions(folder), Path(out)
     if not found:
         raise SystemExit(f"SUBMISSIONS: there is no .ipynb below {folder}")
@@ -245,6 +244,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("submissions", help="folder with the notebooks")
     parser.add_argument("--out", help="where results go (default: SUBMISSIONS-graded)")
+    parser.add_argument("--masters", default=masters.COURSE / "src", help="folder of the masters")
     parser.add_argument("--jobs", type=int, default=2, help="submissions at a time")
     parser.add_argument("--weak", action="store_true", help="go on where the system cannot isolate them")
     options = parser.parse_args(arguments)
@@ -252,8 +252,8 @@ def main(arguments=None):
     seed = os.environ.get("SEED", "")
     if not seed:
         parser.error("SEED is not set: choose one that no student knows, such as a long word, and keep it")
-    if not folder.is_dir():
-        parser.error(f"SUBMISSIONS: there is no folder {folder}")
+    if not options.submissions or not folder.is_dir():
+        parser.error(f"SUBMISSIONS: there is no folder {options.submissions!r}")
     if options.jobs < 1:
         parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     if runner.isolation() == "weak" and not options.weak:
@@ -261,7 +261,10 @@ def main(arguments=None):
             "this system cannot isolate submissions from the network and from your files (it takes Linux "
             "with namespaces); course/README.md says what to do; --weak goes on all the same"
         )
-    results = grade(folder, options.out or f"{folder.resolve()}-graded", seed, options.jobs)
+    assignments = {path.stem: masters.read(path) for path in masters.sources(options.masters)}
+    if not assignments:
+        parser.error(f"--masters: there is no aN_topic.md in {options.masters}")
+    results = grade(folder, options.out or f"{folder.resolve()}-graded", seed, assignments, options.jobs)
     return int(any(result["status"] == "not graded" for result in results.values()))
 
 

@@ -8,7 +8,6 @@ rest.  It never runs a line of a student's.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +48,6 @@ def furnish(spec):
     for path, size in (("tmp", spec["scratch"]), ("dev/shm", 1)):
         (root / path).mkdir(parents=True, exist_ok=True)
         mount("-t", "tmpfs", "-o", f"size={size}m,mode=1777,nosuid,nodev", "tmpfs", root / path)
-    for path in spec["copy"]:  # machine code: everybody has a copy, so that nobody can spoil another's
-        there = root / Path(path).relative_to("/")
-        kept = root / "tmp" / "kept"
-        shutil.copytree(path, kept)
-        mount("-t", "tmpfs", "-o", f"size={spec['scratch']}m,mode=1777", "tmpfs", there)
-        shutil.copytree(kept, there, dirs_exist_ok=True)
-        shutil.rmtree(kept)
-        subprocess.run(["chmod", "-R", "a+rwX", str(there)], check=True)
     (root / "proc").mkdir()
     mount("-t", "proc", "proc", root / "proc")
     mount("-o", "remount,ro", root)

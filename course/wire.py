@@ -8,9 +8,9 @@ runs nothing of the sender's: no pickle, no class by name.
 import json
 import math
 import struct
+import sys
 
 import numpy as np
-import torch
 
 LIMIT = 32 << 20  # bytes a message
 NUMBERS = {np.dtype(t).str for t in ("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 ?".split())}
@@ -48,7 +48,8 @@ def encode(value, function=None):
             return array(x, "number")
         if isinstance(x, np.ndarray):
             return array(x, "array")
-        if isinstance(x, torch.Tensor):
+        torch = sys.modules.get("torch")  # loaded only where somebody uses it: it takes seconds
+        if torch and isinstance(x, torch.Tensor):
             x = x.detach().cpu()
             if x.dtype == torch.bfloat16:
                 return array(x.view(torch.int16).numpy(), "bfloat16")
@@ -93,7 +94,10 @@ def decode(text, blob, function=None):
             return data[()]
         if kind == "array":
             return data
-        return torch.from_numpy(data).view(torch.bfloat16) if kind == "bfloat16" else torch.from_numpy(data)
+        import torch
+
+        data = torch.from_numpy(data)
+        return data.view(torch.bfloat16) if kind == "bfloat16" else data
 
     def value(x):
         if type(x) in PLAIN:
