@@ -18,12 +18,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "course"))
-import feedback
-import grade
-import masters
-import runner
-import wire
-from test_course_masters import EXAMPLE
+import feedback  # noqa: E402
+import grade  # noqa: E402
+import masters  # noqa: E402
+import runner  # noqa: E402
+import wire  # noqa: E402
+from test_course_masters import EXAMPLE  # noqa: E402
 
 MASTER = EXAMPLE.replace("call: 10", "call: 2").replace("total: 60", "total: 20")
 SEED = "a word that nobody knows"

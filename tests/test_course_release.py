@@ -1,0 +1,128 @@
+"""What is handed out: handouts without a solution that run as a student would run them, and otter's zips."""
+
+import contextlib
+import io
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "course"))
+import masters  # noqa: E402
+import release  # noqa: E402
+from feedback import written  # noqa: E402
+from test_course_masters import EXAMPLE  # noqa: E402
+
+SOURCES = masters.sources()
+each = pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+
+
+@pytest.fixture(scope="module")
+def convert():
+    return release.Converter()
+
+
+@pytest.fixture(scope="module")
+def private():
+    return release.secrets([masters.read(source) for source in SOURCES])
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    path = tmp_path_factory.mktemp("master") / "a0_means.md"
+    path.write_text(EXAMPLE)
+    return masters.read(path)
+
+
+@each
+def test_the_handout_is_current(source, convert):
+    made = nbformat.writes(release.handout(masters.read(source), convert)).rstrip("\n") + "\n"
+    assert (release.HANDOUTS / f"{source.stem}.ipynb").read_text() == made, "run make student-release"
+
+
+def test_every_handout_has_a_master():
+    assert {path.stem for path in release.HANDOUTS.glob("*.ipynb")} == {source.stem for source in SOURCES}
+
+
+@each
+def test_the_zip_has_nothing_private_and_nothing_of_otter(source, convert, private):
+    assignment = masters.read(source)
+    data = release.student_zip(assignment, release.handout(assignment, convert), private)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        text = "".join(archive.read(name).decode() for name in archive.namelist())
+        assert sorted(archive.namelist()) == sorted([f"{source.stem}.ipynb", "README.txt"])
+    for word in ("_solution", "_mistake", "def hidden_", "exemplar", "otter"):
+        assert word not in text, word
+    for exercise in assignment.exercises.values():
+        assert f"def {exercise.name}(" in text
+    assert len(private) > 50
+
+
+def test_a_leak_stops_the_release(example, convert):
+    private = release.secrets([example])
+    notebook = release.handout(example, convert)
+    release.student_zip(example, notebook, private)
+    for secret in ("return (x / len(x)).sum(0)", "Most will call `mean` and lose the point for overflow."):
+        cells = [*notebook.cells, nbformat.v4.new_markdown_cell(f"By the way: {secret}")]
+        leaky = nbformat.from_dict(notebook | {"cells": cells})
+        with pytest.raises(ValueError, match="not released"):
+            release.student_zip(example, leaky, private)
+
+
+@each
+def test_a_handout_runs_as_it_is_and_solved(source):
+    """Every visible check says "not yet" before, and "right" after."""
+    assignment = masters.read(source)
+    handout = nbformat.read(release.HANDOUTS / f"{source.stem}.ipynb", as_version=4)
+    stubs = {e.stub.source: e for e in assignment.exercises.values()}
+    for solved in (False, True):
+        namespace, said = {"__name__": "__main__"}, io.StringIO()
+        with contextlib.redirect_stdout(said):
+            for cell in handout.cells:
+                if cell.cell_type != "code" or "pip" in cell.source:
+                    continue
+                masters.parser.define(cell.source, namespace, source.stem)
+                if solved and (exercise := stubs.get(cell.source)):
+                    masters.parser.define(exercise.solution.source, namespace, source.stem)
+                    namespace[exercise.name] = namespace[f"{exercise.name}_solution"]
+        lines = said.getvalue().splitlines()
+        assert len(lines) == len(stubs)
+        assert all(line == "right" if solved else line.startswith("not yet: ") for line in lines), lines
+
+
+def test_the_students_answers_are_found_again(example, convert):
+    notebook = release.handout(example, convert)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert written(example, texts) == {"why": ""}
+    answered = [text.replace("*Write here.*", "Nine people earn 1.") for text in texts]
+    assert written(example, answered) == {"why": "Nine people earn 1."}
+
+
+def test_otter_grades_the_zip(example, convert, tmp_path, monkeypatch):
+    """Full marks, none, and full marks without any metadata; and the zip holds what Gradescope runs."""
+    from otter.api import grade_submission
+
+    monkeypatch.chdir(tmp_path)
+    zipped = tmp_path / "autograder.zip"
+    release.autograder(example, "a secret", zipped)
+    names = set(zipfile.ZipFile(zipped).namelist())
+    assert {"run_autograder", "setup.sh", "run_otter.py", "tests/mean_row.py"} <= names
+    handout, exercise = release.handout(example, convert), example.exercises["mean_row"]
+    solved = exercise.solution.source.replace("mean_row_solution", "mean_row")
+    mistake = exercise.mistakes[0].source.replace(exercise.mistakes[0].name, "mean_row")
+    for name, answer, points in (("solution", solved, 4), ("stub", None, 0), ("mistake", mistake, 3)):
+        notebook = nbformat.reads(nbformat.writes(handout), as_version=4)
+        for cell in notebook.cells:
+            if name == "solution":
+                cell.metadata = {}
+            if answer and cell.source == exercise.stub.source:
+                cell.source = answer
+        if name == "solution":
+            notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        results = grade_submission(str(path), str(zipped), quiet=True)
+        assert (results.total, results.possible) == (points, 4), name
