@@ -50,7 +50,7 @@ def furnish(spec):
         mount("-t", "tmpfs", "-o", f"size={size}m,mode=1777,nosuid,nodev", "tmpfs", root / path)
     (root / "proc").mkdir()
     mount("-t", "proc", "proc", root / "proc")
-    mount("-o", "remount,ro", root)
+    mount("-o", "remount,bind,ro", root)
     os.chroot(root)
     os.chdir("/tmp")
 

@@ -119,12 +119,12 @@ class Pupil:
 
     @staticmethod
     def weak_process(command, folder, fd):
-        """The same command where there are no namespaces: limits, and another user if we are root."""
-        other = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-        if other:
+        """The same command where there are no namespaces: with limits only."""
+        user = str(NOBODY) if os.geteuid() == 0 else ""
+        if user:
             os.chown(folder, NOBODY, NOBODY)
         return subprocess.Popen(
-            command,
+            [*command, user],
             pass_fds=[fd],
             cwd=folder,
             env=environment(folder),
@@ -133,7 +133,6 @@ class Pupil:
             stderr=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
             start_new_session=True,
-            **other,
         )
 
     def start(self):

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,6 +329,47 @@ def test_models_and_states_go_over():
 def test_a_message_that_is_none_is_refused(tree):
     with pytest.raises(wire.Malformed):
         wire.decode(tree.encode(), memoryview(b"\0" * 8))
+
+
+def test_real_assignments_score_the_same_in_isolation(tmp_path):
+    """Handouts filled with the solutions, left as they are, and with a mistake in every exercise."""
+    assignments = {path.stem: masters.read(path) for path in masters.sources()}
+    wanted = {}
+    for assignment in assignments.values():
+        handout = nbformat.read(ROOT / "course" / "handouts" / f"{assignment.name}.ipynb", as_version=4)
+        solutions = "\n\n".join(e.solution.source for e in assignment.exercises.values())
+        lost = {check for e in assignment.exercises.values() for check in e.mistakes[0].loses}
+        points = {c.name: c.points for e in assignment.exercises.values() for c in e.hidden}
+        for kind in ("solved", "empty", "mistaken"):
+            cells = [cell for cell in handout.cells if cell.cell_type == "code"]
+            texts = [cell.source for cell in cells if "pip" not in cell.source]
+            if kind != "empty":
+                texts.append(solutions)
+            for name, exercise in assignment.exercises.items() if kind != "empty" else ():
+                chosen = exercise.mistakes[0].name if kind == "mistaken" else f"{name}_solution"
+                texts += [exercise.mistakes[0].source, f"{name} = {chosen}"]
+            full_marks = sum(points.values())
+            less = full_marks if kind == "empty" else sum(points[c] for c in lost) * (kind == "mistaken")
+            wanted[f"{assignment.name}-{kind}"] = full_marks - less
+            (tmp_path / f"{assignment.name}-{kind}.ipynb").write_text(notebook(*texts))
+    results = grade.grade(tmp_path, tmp_path / "out", SEED, assignments, jobs=1, say=lambda text: None)
+    assert {name: result["points"] for name, result in results.items()} == wanted
+
+
+def test_without_namespaces_limits_still_hold(monkeypatch):
+    monkeypatch.setattr(runner, "isolation", lambda: "weak")
+    cells = [IMPORT, RIGHT, "def endless():\n    while True: pass", "def forks(): os.fork()"]
+    cells.append("def who(): return os.getuid()")
+    pupil = runner.Pupil([], cells, dict(sleeplib=False, call=2, total=30, memory=256))
+    try:
+        assert pupil.answer("mean_row")(np.ones((2, 3))).tolist() == [1, 1, 1]
+        assert pupil.answer("who")() == (os.getuid() or runner.NOBODY)
+        with pytest.raises(runner.Ended, match="too long"):
+            pupil.answer("endless")()
+        with pytest.raises(runner.Failed, match="BlockingIOError"):
+            pupil.answer("forks")()
+    finally:
+        pupil.stop()
 
 
 def synthetic(home, count):

@@ -91,6 +91,26 @@ def test_a_master_is_complete(source):
     assert sum(len(e.mistakes) for e in assignment.exercises.values()) >= 3
 
 
+@pytest.mark.parametrize(("source", "name"), CASES)
+def test_another_seed_asks_for_other_things(source, name):
+    assignment = load(source)
+    asked = {}
+    for seed in (*SEEDS, SEEDS[0]):
+        namespace, calls = assignment.setup, []
+        for other in assignment.exercises.values():
+            parser.define(other.solution.source, namespace, name)
+        solution = namespace[f"{name}_solution"]
+
+        def answer(*args, solution=solution, calls=calls, **kwargs):
+            calls.append(repr((args, kwargs)))
+            return solution(*args, **kwargs)
+
+        parser.judge(assignment.exercises[name], answer, assignment.setup, seed)
+        assert asked.setdefault(seed, calls) == calls
+    one, other = asked.values()
+    assert one != other
+
+
 def test_names_are_unique_over_all_assignments():
     names = [name for source in sources() for name in read(source).exercises]
     assert len(names) == len(set(names))
