@@ -7,6 +7,7 @@ from, or empty where answers may not use it.  USER is whom to become where jail.
 import ast
 import builtins
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,8 +16,6 @@ import warnings
 
 def limit(megabytes, seconds):
     """From here on: so much more memory, so much CPU time, no new process or thread, small files."""
-    import resource
-
     try:
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
@@ -107,6 +106,8 @@ def main():
     if "matplotlib" in text:  # it starts a thread, which will not be allowed
         import matplotlib.pyplot  # noqa: F401
     if user := "".join(sys.argv[3:]):
+        import numpy.random  # noqa: F401  which loads itself late, when its files may be out of reach
+
         os.setgroups([])
         os.setgid(int(user))
         os.setuid(int(user))
