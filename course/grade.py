@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -109,6 +110,7 @@ def blank(status, why):
 def judge_into(path, data, key, assignments, seed):
     """Judge one submission and write its result; the whole life of one process."""
     runner.die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run stops its judges itself
     with suppress(OSError, ValueError):  # nor may what a student sends back fill the memory on this side
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + (4 << 30)
@@ -261,10 +263,18 @@ def main(arguments=None):
             "this system cannot isolate submissions from the network and from your files (it takes Linux "
             "with namespaces); course/README.md says what to do; --weak goes on all the same"
         )
+    out = Path(options.out or f"{folder.resolve()}-graded")
+    for name, path in (("SUBMISSIONS", folder), ("OUT", out), ("--masters", Path(options.masters))):
+        if runner.readable(path):
+            parser.error(f"{name}: submissions could read {path}, which lies beside programs that they need")
     assignments = {path.stem: masters.read(path) for path in masters.sources(options.masters)}
     if not assignments:
         parser.error(f"--masters: there is no aN_topic.md in {options.masters}")
-    results = grade(folder, options.out or f"{folder.resolve()}-graded", seed, assignments, options.jobs)
+    try:
+        results = grade(folder, out, seed, assignments, options.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here")
+        return 130
     return int(any(result["status"] == "not graded" for result in results.values()))
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import wire
@@ -67,6 +67,39 @@ def environment(folder):
     return {"PATH": "/usr/local/bin:/usr/bin:/bin", **plain, **one, **own}
 
 
+def shown(library):
+    """Files and folders that a submission may read beside the system's; `library`: sleeplib among them."""
+    paths = [str(COURSE / name) for name in ("child.py", "wire.py")]
+    paths += [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parent)]
+    if library:
+        paths += [str(LIBRARY)]
+        if (LIBRARY.parent / "pyproject.toml").exists():  # a checkout
+            paths += [str(LIBRARY.parent / name) for name in ("data", "pyproject.toml")]
+    return [path for path in paths if not path.startswith("/usr/")]
+
+
+def readable(path):
+    """Whether submissions could read `path` all the same, since it lies in a folder that they need."""
+    path = Path(path).resolve()
+    return any(path.is_relative_to(place) for place in ("/usr", *shown(True)))
+
+
+@contextmanager
+def alarm(seconds):
+    """Raise TimeoutError in this process after so many seconds."""
+
+    def too_long(*_):
+        raise TimeoutError("it took too long")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Pupil:
     """One submission's process.  ``pupil.answer(name)`` stands for the function `name` of the submission.
 
@@ -89,15 +122,9 @@ class Pupil:
     @staticmethod
     def process(command, root, fd=None, library=False):
         """Start a command in a world of its own, `root` being an empty folder to build it on."""
-        show = [str(COURSE / name) for name in ("child.py", "wire.py")]
-        show += [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parent)]
-        if library:
-            show += [str(LIBRARY)]
-            if (LIBRARY.parent / "pyproject.toml").exists():  # a checkout
-                show += [str(LIBRARY.parent / name) for name in ("data", "pyproject.toml")]
         spec = {
             "root": root,
-            "show": [path for path in show if not path.startswith(("/usr/", "/bin/"))],
+            "show": shown(library),
             "scratch": SCRATCH,
             "user": NOBODY if os.geteuid() == 0 else None,
             "command": command,
@@ -244,7 +271,9 @@ class Pupil:
                     raise wire.Malformed("no reply")
                 if "callback" not in reply:
                     break
-                wire.send(self.sock, serve(functions, reply, number))
+                with alarm(deadline - time.monotonic()):
+                    served = serve(functions, reply, number)
+                wire.send(self.sock, served)
         except TimeoutError:
             raise Ended("it took too long and was ended") from None
         except OSError:

@@ -13,6 +13,7 @@ import sys
 import numpy as np
 
 LIMIT = 32 << 20  # bytes a message
+TREE = 12 << 20  # bytes of its tree: small, since a tree grows when it is read
 NUMBERS = {np.dtype(t).str for t in ("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 ?".split())}
 PLAIN = (type(None), bool, int, float, str)
 
@@ -67,7 +68,7 @@ def encode(value, function=None):
 
     text = json.dumps(tree(value)).encode()
     size = sum(map(len, blobs))
-    if len(text) + size > LIMIT:
+    if len(text) > TREE or len(text) + size > LIMIT:
         raise TypeError(f"{(len(text) + size) >> 20} MiB are too much; {LIMIT >> 20} can be sent")
     return [struct.pack("!QQ", len(text), size) + text, *blobs]
 
@@ -147,8 +148,8 @@ def send(sock, parts):
 def receive(sock, function=None, limit=LIMIT):
     """The next value.  EOFError if the other side is gone, Malformed if what comes is no message."""
     lengths = struct.unpack("!QQ", exactly(sock, 16))
-    if sum(lengths) > limit:
-        raise Malformed(f"a message of more than {limit} bytes")
+    if sum(lengths) > limit or lengths[0] > TREE:
+        raise Malformed(f"a message of {sum(lengths)} bytes is too long")
     text, blob = (exactly(sock, n) for n in lengths)
     return decode(bytes(text), memoryview(blob), function)
 

@@ -32,6 +32,7 @@ SEED = "a word that nobody knows"
 IMPORT = "import os, sys, json, builtins, signal\nimport numpy as np"
 RIGHT = "def mean_row(x):\n    return (x / len(x)).sum(0)"
 STUB = "def mean_row(x):\n    return np.zeros(x.shape[1])"
+pytestmark = pytest.mark.xdist_group("grading")  # one run serves all of them
 full = pytest.mark.skipif(runner.isolation() != "full", reason="this system has no namespaces for us")
 
 
@@ -232,13 +233,14 @@ def test_a_name_is_no_formula_and_never_two_submissions(tmp_path):
         grade.submissions(tmp_path)
 
 
-def test_a_run_without_a_seed_or_a_folder_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_be_right_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("SEED", raising=False)
-    cases = ("", tmp_path, "SEED is not set"), ("x", tmp_path / "no", "there is no folder")
+    cases = [("", tmp_path, "SEED is not set"), ("x", tmp_path / "no", "there is no folder")]
+    cases += [("x", ROOT / "sleeplib", "submissions could read")]
     for seed, folder, message in cases:
         monkeypatch.setenv("SEED", seed)
         with pytest.raises(SystemExit):
-            grade.main([str(folder)])
+            grade.main([str(folder), "--weak"])
         assert message in capsys.readouterr().err
 
 
@@ -273,7 +275,7 @@ def test_functions_go_over_as_calls_back():
         "def finds(f):\n    assert f(2) == 4, 'not the square'\n    return f.__name__\n"
         "def sends(f): return f(bytes(2 << 20))\n"
     )
-    pupil = runner.Pupil([], [cell], dict(sleeplib=False, call=5, total=30, memory=256))
+    pupil = runner.Pupil([], [cell], dict(sleeplib=False, call=3, total=30, memory=256))
     try:
         assert pupil.answer("finds")(lambda x: x * x) == "function"
         with pytest.raises(AssertionError, match="not the square"):
@@ -282,6 +284,8 @@ def test_functions_go_over_as_calls_back():
             pupil.answer("finds")(lambda x: 1 / 0)
         with pytest.raises(runner.Failed, match="larger than 1 MiB"):
             pupil.answer("sends")(len)
+        with pytest.raises((runner.Failed, runner.Ended), match="too long"):
+            pupil.answer("finds")(lambda x: time.sleep(30))
     finally:
         pupil.stop()
 
