@@ -21,7 +21,7 @@ from feedback import MARKER
 from masters import COURSE, ROOT, parser
 
 sys.path.insert(0, str(ROOT / "book"))
-from build import write
+from build import execute, write
 from runners import Converter
 
 from sleeplib.records import write_atomically
@@ -129,6 +129,16 @@ def handout(assignment, convert):
     return nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
 
 
+def solved(assignment, notebook):
+    """The handout with every solution filled in."""
+    by_stub = {exercise.stub.source: exercise for exercise in assignment.exercises.values()}
+    notebook = nbformat.reads(nbformat.writes(notebook), as_version=4)
+    for cell in notebook.cells:
+        if exercise := by_stub.get(cell.source):
+            cell.source = f"{exercise.solution.source}\n\n{exercise.name} = {exercise.name}_solution"
+    return notebook
+
+
 def secrets(assignments):
     """Lines that no student may read: those of private cells that are in no public one as well."""
     private, shown = set(), ""
@@ -211,12 +221,17 @@ def autograder(assignment, seed, path):
 
 def main(arguments=None):
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("part", choices=("student", "instructor"))
+    options.add_argument("part", choices=("student", "instructor", "measure"))
     part = options.parse_args(arguments).part
     assignments = [masters.read(path) for path in masters.sources()]
+    convert = Converter()
+    notebooks = [handout(assignment, convert) for assignment in assignments]
+    if part == "measure":  # what the head of each master says
+        for assignment, notebook in zip(assignments, notebooks):
+            seconds, peak = execute(solved(assignment, notebook))
+            print(f"{assignment.name}: {seconds / 60:.1f} minutes, {(peak or 0) / 1024:.1f} GB")
+        return 0
     if part == "student":
-        convert = Converter()
-        notebooks = [handout(assignment, convert) for assignment in assignments]
         private = secrets(assignments)
         zips = [student_zip(a, n, private) for a, n in zip(assignments, notebooks)]
         HANDOUTS.mkdir(exist_ok=True)

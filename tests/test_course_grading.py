@@ -335,6 +335,19 @@ def test_a_message_that_is_none_is_refused(tree):
         wire.decode(tree.encode(), memoryview(b"\0" * 8))
 
 
+def test_a_failure_of_the_grader_is_no_mark_and_is_tried_again(tmp_path, monkeypatch):
+    synthetic(tmp_path, 1)
+    assignments = {"a0_means": masters.read(tmp_path / "masters" / "a0_means.md")}
+    run = [tmp_path / "in", tmp_path / "out", SEED, assignments]
+    with monkeypatch.context() as broken:
+        broken.setattr(runner.Pupil, "process", lambda *_: subprocess.Popen(["false"]))
+        broken.setattr(runner.Pupil, "weak_process", lambda *_: subprocess.Popen(["false"]))
+        assert grade.grade(*run, say=print)["s000"]["status"] == "not graded"
+    row = (tmp_path / "out" / "marks.csv").read_text().splitlines()[1]
+    assert row.startswith("s000,,not graded,,,")
+    assert grade.grade(*run, say=print)["s000"]["points"] == 4
+
+
 def test_real_assignments_score_the_same_in_isolation(tmp_path):
     """Handouts filled with the solutions, left as they are, and with a mistake in every exercise."""
     assignments = {path.stem: masters.read(path) for path in masters.sources()}
