@@ -181,11 +181,12 @@ def student_zip(assignment, notebook, private):
 
 
 def marking(assignment):
-    """A page for who marks: the rubric, what each named mistake loses, and the write-ups with sample answers."""
+    """A page for who marks: the rubric, what each mistake loses, and the write-ups with sample answers."""
     lines = [f"# Marking: {assignment.title}", "", f"{assignment.points} points by automatic checks."]
     for exercise in assignment.exercises.values():
         points = {check.name: check.points for check in exercise.hidden}
-        lines += ["", f"## `{exercise.name}`", "", table(exercise), "", "| named mistake | loses |", "|---|---|"]
+        lines += ["", f"## `{exercise.name}`", "", table(exercise), ""]
+        lines += ["| named mistake | loses |", "|---|---|"]
         for mistake in exercise.mistakes:
             what = mistake.name.removeprefix(f"{exercise.name}_mistake_").replace("_", " ")
             lines.append(f"| {what} | {sum(points[name] for name in mistake.loses)} |")
