@@ -189,7 +189,7 @@ def grade(folder, out, seed, assignments, jobs=2, say=print):
                     target=judge_into, args=(target, data, key, assignments, seed), daemon=False
                 )
                 process.start()
-                deadline = time.monotonic() + longest + runner.START
+                deadline = time.monotonic() + longest + runner.START + runner.SERVE
                 running[process.sentinel] = process, name, target, key, deadline
             wait(list(running), timeout=1)
             for sentinel, (process, name, target, key, deadline) in list(running.items()):

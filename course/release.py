@@ -180,6 +180,24 @@ def student_zip(assignment, notebook, private):
     return data
 
 
+def marking(assignment):
+    """A page for who marks: the rubric, what each mistake loses, and the write-ups with sample answers."""
+    lines = [f"# Marking: {assignment.title}", "", f"{assignment.points} points by automatic checks."]
+    for exercise in assignment.exercises.values():
+        points = {check.name: check.points for check in exercise.hidden}
+        lines += ["", f"## `{exercise.name}`", "", table(exercise), ""]
+        lines += ["| named mistake | loses |", "|---|---|"]
+        for mistake in exercise.mistakes:
+            what = mistake.name.removeprefix(f"{exercise.name}_mistake_").replace("_", " ")
+            lines.append(f"| {what} | {sum(points[name] for name in mistake.loses)} |")
+    for label, write_up in assignment.write_ups.items():
+        lines += ["", f"## Write-up: {label}, {write_up.points} points by hand", "", write_up.prompt]
+        lines += ["", write_up.rubric]
+        for given, text in write_up.exemplars:
+            lines += ["", f"### A made-up sample answer, worth {given} of {write_up.points}", "", text]
+    return "\n".join(lines) + "\n"
+
+
 def otter_test(assignment, exercise, seed):
     """A test file of otter's for one exercise, complete in itself."""
     setup = [cell.source for cell in parser.tagged(assignment.notebook, "exercise-setup")]
@@ -248,7 +266,9 @@ def main(arguments=None):
     for assignment in assignments:
         path = BUILT / "instructor" / f"{assignment.name}-autograder.zip"
         autograder(assignment, seed, path)
-        print(f"{path.relative_to(ROOT)}: {assignment.points} points")
+        page = BUILT / "instructor" / f"{assignment.name}-marking.md"
+        write_atomically(page, marking(assignment).encode())
+        print(f"{path.relative_to(ROOT)} and {page.name}: {assignment.points} points")
     print("These hold your seed and the hidden checks: do not hand them out.")
     return 0
 

@@ -28,6 +28,7 @@ NOBODY = 65534
 SCRATCH = 64  # MiB of files
 START = 180  # seconds for the libraries to load, before any line of a student's runs
 CALLBACK = 1 << 20  # bytes that a student's code may send to a function of the grader's
+SERVE = 300  # seconds that a submission may keep such functions busy, which is not its own time
 
 
 class Failed(Exception):
@@ -115,6 +116,7 @@ class Pupil:
         self.order = {"setup": setup, "cells": cells, **settings}
         self.settings = settings
         self.left = settings["total"]  # seconds of the student's own time
+        self.service = SERVE
         self.wrong = {}  # number of a cell -> what went wrong in it
         self.dead = None  # why it cannot be started
         self.process = self.sock = None
@@ -240,14 +242,14 @@ class Pupil:
                 raise Ended(f"the {self.settings['total']} s for the whole submission are used up")
             if self.process is None:
                 self.start()
-            begin = time.monotonic()
+            begin, service = time.monotonic(), self.service
             try:
                 return self.ask({"name": name, "args": list(args), "kwargs": kwargs})
             except (Ended, wire.Malformed) as error:
                 self.stop()
                 raise Ended(f"{name}: {error}") from None
             finally:
-                self.left -= time.monotonic() - begin
+                self.left -= time.monotonic() - begin - (service - self.service)
 
         return call
 
@@ -271,8 +273,14 @@ class Pupil:
                     raise wire.Malformed("no reply")
                 if "callback" not in reply:
                     break
-                with alarm(deadline - time.monotonic()):
+                begin = time.monotonic()
+                with alarm(self.service):
                     served = serve(functions, reply, number)
+                spent = time.monotonic() - begin
+                self.service, deadline = self.service - spent, deadline + spent
+                if self.service <= 0:
+                    raise Ended(f"it kept the grader busy for more than {SERVE} s")
+                self.sock.settimeout(limit)
                 wire.send(self.sock, served)
         except TimeoutError:
             raise Ended("it took too long and was ended") from None

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +23,6 @@ import feedback  # noqa: E402
 import grade  # noqa: E402
 import masters  # noqa: E402
 import runner  # noqa: E402
-import wire  # noqa: E402
 from test_course_masters import EXAMPLE  # noqa: E402
 
 MASTER = EXAMPLE.replace("call: 10", "call: 2").replace("total: 60", "total: 20")
@@ -116,6 +114,8 @@ NOTHING = {  # name: cells, each worth no point
     "not_a_number": [body("return np.full(x.shape[1], np.nan)")],
     "forge": [FORGE],
 }
+if runner.isolation() != "full":  # it would end everything that this user runs
+    del NOTHING["kill_all"]
 EARNED = {  # name: points, cells
     "solution": (4, [RIGHT]),
     "mistake": (3, ["def mean_row(x):\n    return x.mean(0)"]),
@@ -244,97 +244,6 @@ def test_a_run_that_cannot_be_right_is_refused(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-@full
-def test_there_is_no_network_and_no_other_file(tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text("x")
-    cell = (
-        "import os, socket\n"
-        "def reach():\n    socket.create_connection(('127.0.0.1', 22), 1)\n"
-        f"def peek(): return [os.path.exists(p) for p in {[str(secret), str(ROOT / 'course' / 'src')]!r}]\n"
-        "def who(): return os.getuid(), len([p for p in os.listdir('/proc') if p.isdigit()])\n"
-        "def regain(): os.setuid(0)\n"
-    )
-    pupil = runner.Pupil([], [cell], dict(sleeplib=False, call=5, total=30, memory=256))
-    try:
-        with pytest.raises(runner.Failed, match="unreachable|refused"):
-            pupil.answer("reach")()
-        assert pupil.answer("peek")() == [False, False]
-        user, processes = pupil.answer("who")()
-        assert processes <= 3
-        if os.geteuid() == 0:
-            assert user == runner.NOBODY
-            with pytest.raises(runner.Failed, match="PermissionError"):
-                pupil.answer("regain")()
-    finally:
-        pupil.stop()
-
-
-def test_functions_go_over_as_calls_back():
-    cell = (
-        "def finds(f):\n    assert f(2) == 4, 'not the square'\n    return f.__name__\n"
-        "def sends(f): return f(bytes(2 << 20))\n"
-    )
-    pupil = runner.Pupil([], [cell], dict(sleeplib=False, call=3, total=30, memory=256))
-    try:
-        assert pupil.answer("finds")(lambda x: x * x) == "function"
-        with pytest.raises(AssertionError, match="not the square"):
-            pupil.answer("finds")(lambda x: x)
-        with pytest.raises(runner.Failed, match="ZeroDivisionError"):
-            pupil.answer("finds")(lambda x: 1 / 0)
-        with pytest.raises(runner.Failed, match="larger than 1 MiB"):
-            pupil.answer("sends")(len)
-        with pytest.raises((runner.Failed, runner.Ended), match="too long"):
-            pupil.answer("finds")(lambda x: time.sleep(30))
-    finally:
-        pupil.stop()
-
-
-def test_models_and_states_go_over():
-    import torch
-
-    import sleeplib as sl
-
-    torch.manual_seed(0)
-    model = sl.HybridLM(sl.ModelConfig(vocab_size=5, d_model=16, pattern="ag", num_heads=2))
-    tokens = torch.tensor([[1, 2, 3]])
-    cell = (
-        "import torch\n"
-        "def reads(model, tokens):\n    with torch.no_grad():\n"
-        "        return model(tokens, model.initial_state(1))\n"
-    )
-    pupil = runner.Pupil([], [cell], dict(sleeplib=True, call=60, total=120, memory=2048))
-    try:
-        logits, state = pupil.answer("reads")(model, tokens)
-    finally:
-        pupil.stop()
-    with torch.no_grad(), sl.kernels.use_numba(False):
-        wanted, last = model(tokens, model.initial_state(1))
-    assert torch.allclose(logits, wanted, atol=1e-6) and state.position == 3
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(state.tensors(), last.tensors()))
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        "[",
-        '{"is": "array", "dtype": "|O8", "shape": [1]}',
-        '{"is": "array", "dtype": "<f8", "shape": [9]}',
-        '{"is": "array", "dtype": "<f8", "shape": [-1]}',
-        '{"is": "function", "number": 0}',
-        '{"is": "model", "config": {}, "weights": {}}',
-        '{"is": "state", "items": [["position", 1]]}',
-        '{"is": "os.system"}',
-        '{"no": "kind"}',
-        "[" * 10**5,
-        "9" * 5000,
-    ],
-)
-def test_a_message_that_is_none_is_refused(tree):
-    with pytest.raises(wire.Malformed):
-        wire.decode(tree.encode(), memoryview(b"\0" * 8))
-
-
 def test_a_failure_of_the_grader_is_no_mark_and_is_tried_again(tmp_path, monkeypatch):
     synthetic(tmp_path, 1)
     assignments = {"a0_means": masters.read(tmp_path / "masters" / "a0_means.md")}
@@ -371,22 +280,6 @@ def test_real_assignments_score_the_same_in_isolation(tmp_path):
             (tmp_path / f"{assignment.name}-{kind}.ipynb").write_text(notebook(*texts))
     results = grade.grade(tmp_path, tmp_path / "out", SEED, assignments, jobs=1, say=lambda text: None)
     assert {name: result["points"] for name, result in results.items()} == wanted
-
-
-def test_without_namespaces_limits_still_hold(monkeypatch):
-    monkeypatch.setattr(runner, "isolation", lambda: "weak")
-    cells = [IMPORT, RIGHT, "def endless():\n    while True: pass", "def forks(): os.fork()"]
-    cells.append("def who(): return os.getuid()")
-    pupil = runner.Pupil([], cells, dict(sleeplib=False, call=2, total=30, memory=256))
-    try:
-        assert pupil.answer("mean_row")(np.ones((2, 3))).tolist() == [1, 1, 1]
-        assert pupil.answer("who")() == (os.getuid() or runner.NOBODY)
-        with pytest.raises(runner.Ended, match="too long"):
-            pupil.answer("endless")()
-        with pytest.raises(runner.Failed, match="BlockingIOError"):
-            pupil.answer("forks")()
-    finally:
-        pupil.stop()
 
 
 def synthetic(home, count):

@@ -91,6 +91,12 @@ def test_a_handout_runs_as_it_is_and_solved(source):
             assert set(lines) == {"right"}
 
 
+def test_the_marking_page_says_what_a_mistake_loses(example):
+    page = release.marking(example)
+    assert "| overflow | 1 |" in page and "| Right on tables of any shape. | 3 |" in page
+    assert "A made-up sample answer, worth 4 of 4" in page and "worth 2 of 4" in page
+
+
 def test_the_students_answers_are_found_again(example, convert):
     notebook = release.handout(example, convert)
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
