@@ -4,7 +4,7 @@ A mutant is a context in which sleeplib is wrong in one way.  ``MUTANTS`` maps i
 the name of a check in test_truths.py; a test shows that the check passes outside and fails inside.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
@@ -18,6 +18,7 @@ from sleeplib.model import Block
 from sleeplib.tasks import depo, rule110
 
 MUTANTS = {}
+PLANTED = []  # where: (target, name of the attribute)
 
 
 def mutant(check):
@@ -32,19 +33,36 @@ def plant(check, target, name, fault):
     """Register fault(honest, *args) in the place of the attribute `name` of `target`."""
 
     def register(label):
-        @contextmanager
-        def context():
-            honest = getattr(target, name)
-
-            def faulty(*args, **kwargs):
-                return fault(honest, *args, **kwargs)
-
-            with patch.object(target, name, faulty):
-                yield
-
-        MUTANTS[label] = (context, check)
+        MUTANTS[label] = (partial(wrapped, target, name, fault), check)
+        PLANTED.append((target, name))
 
     return register
+
+
+@contextmanager
+def wrapped(target, name, fault):
+    honest = getattr(target, name)
+
+    def faulty(*args, **kwargs):
+        return fault(honest, *args, **kwargs)
+
+    with patch.object(target, name, faulty):
+        yield
+
+
+def no_change(honest, *args, **kwargs):
+    return honest(*args, **kwargs)
+
+
+@contextmanager
+def honest_scaffold():
+    """Right code in the clothes of all mutants: a check that fails here looks at the clothes."""
+    with ExitStack() as stack:
+        for target, name in dict.fromkeys(PLANTED):
+            stack.enter_context(wrapped(target, name, no_change))
+        stack.enter_context(honest_rewrite())
+        stack.enter_context(fault_in_evict(no_change)())
+        yield
 
 
 def detached(tensors):
@@ -99,7 +117,7 @@ def no_fault(h, S, start, embedded, now):
 
 
 def honest_rewrite():
-    """The rewritten blocks without a fault: a check that fails here catches mutants for nothing."""
+    """The rewritten blocks without a fault."""
     return patch.object(sl.Sleepable, "blocks", rewritten_blocks(no_fault))
 
 
@@ -213,6 +231,28 @@ plant(
 )("starts_over_at_every_call")
 
 
+
+
+def labels_a_token_late(honest, model, inputs, labels, **options):
+    late = torch.full_like(labels, -100)
+    late[:, 1:] = labels[:, :-1]
+    return honest(model, inputs, late, **options)
+
+
+def question_before_sleep(honest, model, inputs, labels, *, window, state=None, **options):
+    """The state at the start has read the last chunk."""
+    start = model.initial_state(len(inputs)) if state is None else state
+    _, read = model(inputs[:, -((inputs.shape[1] - 1) % window + 1) :], start)
+    start = replace(start, fast_weights=read.fast_weights)
+    return honest(model, inputs, labels, window=window, state=start, **options)
+
+
+plant("check_sleep_is_algorithm_1", sl, "sleep_forward", labels_a_token_late)("labels_off_by_one")
+plant("check_sleep_is_algorithm_1", sl, "sleep_forward", question_before_sleep)(
+    "sees_the_question_before_it_sleeps"
+)
+
+
 @mutant("check_wake_cost_does_not_depend_on_N")
 def sleeps_N_times_on_prediction():
     asked, honest, honest_blocks = [], sl.sleep_forward, sl.Sleepable.blocks
@@ -317,6 +357,12 @@ def read_before_the_decay(honest, q, k, v, g, beta, S, *rest):
     return honest(q, k, v, torch.cat((0 * g[:, :1], g[:, 1:]), dim=1), beta, S, *rest)
 
 
+def decay_after_the_write(honest, q, k, v, g, beta, S, *rest):
+    late = torch.cat((0 * g[:, :1], g[:, :-1]), dim=1)
+    o, S = honest(q, k, v, late, beta, S, *rest)
+    return o, S * g[:, -1].to(S.dtype).exp()[..., None, None]
+
+
 def last_state_without_gradient(honest, *args):
     o, S = honest(*args)
     return o, S.detach().requires_grad_()
@@ -334,6 +380,7 @@ def round_a_float32_state(honest, *args):
 
 plant(BACKENDS, chunked, "recurrence", decay_a_little_more)("chunked_decays_too_much")
 plant(BACKENDS, reference, "recurrence", read_before_the_decay)("reference_forgets_the_first_decay")
+plant(BACKENDS, reference, "recurrence", decay_after_the_write)("decays_after_the_write")
 plant(BACKENDS, reference, "_backward", wrong_gradient_of_g)("reference_has_a_wrong_gradient")
 plant(BACKENDS, chunked, "recurrence", last_state_without_gradient)("chunked_cuts_the_last_state")
 plant("check_float32_stays_exact", reference, "recurrence", round_a_float32_state)("rounds_the_state")

@@ -415,8 +415,12 @@ def test_every_truth_has_a_mutant():
 
 
 def test_the_mutants_scaffold_is_not_what_is_caught():
-    with mutants.honest_rewrite():
-        check_sleep_is_algorithm_1()
+    with mutants.honest_scaffold():
+        check_backends_agree()
+        check_sleep_is_algorithm_1(models=MODELS[1:2])
+        check_streaming_is_algorithm_1(models=MODELS[:1])
+        check_nothing_survives_eviction()
+        check_rule110_solver_agrees()
 
 
 def test_mutants_leave_no_trace():
