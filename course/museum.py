@@ -1,117 +1,78 @@
-"""The bug museum: faults planted in sleeplib, and what a visitor's tests make of them.
+"""The bug museum: rooms of planted faults, and whether a student's judge tells them from right code.
 
-The faults are those that keep the tests of this book honest (tests/mutants.py).  A visitor brings test
-functions ``test_something(sl, seed)``: `sl` is sleeplib, with or without a fault, `seed` an integer that the
-test must make its inputs from.  As under pytest, a test objects by raising an error.
+The faults are those that keep the tests of this book honest (tests/mutants.py).  A judge is a function that
+gets an implementation, some functions that take and return plain data, and raises AssertionError if it
+finds it wrong.  So a fault stays on this side: a judge that runs elsewhere sees what the functions return.
+The implementation is the `Machine` of course/src/a7_museum.md; here it is put under a fault.
 """
 
 import random
 import sys
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
-
-import sleeplib as sl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import mutants
 
-ROOMS = {
-    "rule": (
-        "decays_after_the_write",
-        "reference_forgets_the_first_decay",
-        "reference_has_a_wrong_gradient",
-        "chunked_decays_too_much",
-        "chunked_cuts_the_last_state",
-    ),
-    "nap": (
-        "re_embeds_every_pass",
-        "adds_the_embedding_every_pass",
-        "resets_S_between_passes",
-        "detaches_S_between_passes",
-        "detaches_h_between_passes",
-        "a_pass_sees_the_keys_of_the_pass_before",
-        "an_unlooped_block_runs_N_times",
-        "skips_the_last_write",
-        "sleeps_only_once",
-        "sleeps_one_pass_too_many",
-    ),
-    "eviction": (
-        "leaks_keys_over_hard_eviction",
-        "leaks_the_convolution_context",
-        "forgets_S_at_eviction",
-        "detaches_S_at_eviction",
-        "slides_one_key_too_few",
-        "slides_one_key_too_many",
-    ),
-    "algorithm": (
-        "labels_off_by_one",
-        "sees_the_question_before_it_sleeps",
-        "sleeps_N_times_on_prediction",
-        "starts_over_at_every_call",
-    ),
-    "stream": (
-        "wakes_N_times",
-        "a_nap_adds_N_passes",
-        "a_nap_sees_its_window_twice",
-        "never_naps",
-        "naps_a_token_late",
-        "hoards_what_it_read",
-        "counts_bytes_without_the_open_window",
-        "keeps_all_logits_alive",
-    ),
-    "data": ("rolls_rule_124", "rolls_one_step_too_few"),
-}
-FAULTS = tuple(fault for room in ROOMS.values() for fault in room)
-
 # Right code must be let through as it is, and wrapped in every place where a fault may sit.
-RIGHT = {"sleeplib": nullcontext, "sleeplib, wrapped": mutants.honest_scaffold}
+RIGHT = (nullcontext, mutants.honest_scaffold)
+ROOMS = {
+    "rule": "decays_after_the_write reference_forgets_the_first_decay reference_has_a_wrong_gradient "
+    "chunked_decays_too_much chunked_cuts_the_last_state",
+    "nap": "re_embeds_every_pass adds_the_embedding_every_pass resets_S_between_passes skips_the_last_write "
+    "a_pass_sees_the_keys_of_the_pass_before an_unlooped_block_runs_N_times detaches_S_between_passes "
+    "detaches_h_between_passes",
+    "eviction": "leaks_keys_over_hard_eviction leaks_the_convolution_context forgets_S_at_eviction "
+    "detaches_S_at_eviction slides_one_key_too_few a_query_sees_one_key_too_many",
+    "algorithm": "labels_off_by_one sees_the_question_before_it_sleeps sleeps_N_times_on_prediction "
+    "sleeps_only_once sleeps_one_pass_too_many starts_over_at_every_call",
+    "stream": "wakes_N_times a_nap_adds_N_passes a_nap_sees_its_window_twice never_naps naps_a_token_late "
+    "hoards_what_it_read counts_bytes_without_the_open_window keeps_all_logits_alive "
+    "slides_one_key_too_many",
+    "data": "rolls_rule_124 rolls_one_step_too_few",
+}
+ROOMS = {room: faults.split() for room, faults in ROOMS.items()}
 
 
-def objection(test, seed):
-    """The error that a test raises on the implementation that is in place; None if it accepts."""
-    try:
-        test(sl, seed)
-    except Exception as error:
-        return error
-    return None
+def visit(judge, room, implementation, seed):
+    """Show a room to a judge, right code and faults, in an order that the seed draws.
 
-
-def visit(tests, seed, faults=FAULTS):
-    """Show right and wrong implementations to every test, in an order that the seed draws.
-
-    Parameters
-    ----------
-    tests : dict of str to callable
-        By name; each takes ``(sl, seed)``.
-    seed : int
-        The instructor's.  The seeds that the tests get are drawn from it.
-    faults : sequence of str
-        Names in tests/mutants.py.
-
-    Returns
-    -------
-    caught : dict of str to str or None
-        For each fault a test that objected to it, one that lets right code through; None if there is none.
-    struck : dict of str to str
-        The tests that do not count, each with what went wrong on right code.
+    ``implementation(room, context, seed, backend)`` gives what the judge gets; `context` plants the fault,
+    and of the room "rule" the `backend` says which code that is.  Returns {fault: None where it was found,
+    else a sentence}.  A judge that objects to right code finds nothing: whoever rejects everything would find
+    every fault.
     """
-    draw = random.Random(seed)
-    showings = [(name, context) for name, context in RIGHT.items() for _ in range(2)]
-    showings += [(fault, mutants.MUTANTS[fault][0]) for fault in faults]
+    draw = random.Random(int(seed))
+    backends = ("reference", "chunked")
+    showings = [(None, context, backend) for context in RIGHT for backend in backends]
+    for fault in ROOMS[room]:
+        backend = "chunked" if fault.startswith("chunked") else "reference"
+        showings.append((fault, mutants.MUTANTS[fault][0], backend))
     draw.shuffle(showings)
-    struck, objected = {}, {fault: [] for fault in faults}
-    for shown, context in showings:
-        number = draw.randrange(2**31)
-        for name, test in tests.items():
-            if name in struck:
-                continue
-            with context():
-                error = objection(test, number)
-            if shown in RIGHT and error is not None:
-                where = traceback.extract_tb(error.__traceback__)[-1].lineno
-                struck[name] = f"{shown}: {type(error).__name__} in line {where}: {error}"[:300]
-            elif error is not None:
-                objected[shown].append(name)
-    caught = {f: next((n for n in names if n not in struck), None) for f, names in objected.items()}
-    return caught, struck
+    found, wrong = {}, None
+    for fault, context, backend in showings:
+        try:
+            judge(*implementation(room, context, draw.randrange(2**31), backend))
+        except AssertionError as error:
+            if fault is None:
+                wrong = f"it objects to right code: {error}"
+            found[fault] = None
+        except Exception as error:
+            if fault is None:
+                wrong = f"it breaks on right code: {type(error).__name__}: {error}"
+            found[fault] = f"it breaks: {type(error).__name__}: {error}"
+        else:
+            found[fault] = "it lets this fault through"
+    return {fault: wrong or found[fault] for fault in ROOMS[room]}
+
+
+def tour(room, implementation):
+    """A function for the hidden checks of one room: ``expect(judge, rng, fault)``; the room is seen once."""
+    seen = {}
+
+    def expect(judge, rng, fault):
+        if not seen:
+            seen.update(visit(judge, room, implementation, rng.integers(2**31)))
+        assert seen[fault] is None, seen[fault]
+
+    return expect
