@@ -13,7 +13,7 @@ STAMP := .venv/.stamp
 THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test book notebooks lab reproduce student-release instructor-release grade clean
+.PHONY: help env test book notebooks lab reproduce student-release instructor-release grade slides clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ instructor-release: $(STAMP)  ## make autograder zips for Gradescope (SEED=a sec
 grade: $(STAMP)  ## grade a folder of notebooks, resumable (SUBMISSIONS=folder SEED=a secret OUT=folder)
 	@SEED='$(SEED)' $(THREADS) $(PY) course/grade.py '$(SUBMISSIONS)' --jobs $(JOBS) \
 		$(if $(OUT),--out '$(OUT)') $(if $(WEAK),--weak)
+
+slides: $(STAMP)  ## make the slides of the four lectures, one HTML file each, from the chapters
+	$(PY) course/slides.py
 
 clean:  ## remove what was built; keep .venv, records and checkpoints
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -37,32 +37,14 @@ const all = [...document.querySelectorAll("section")];
 const now = () => all.findIndex((s) => s.getBoundingClientRect().bottom > innerHeight / 2);
 const go = (n) => all[Math.min(Math.max(n, 0), all.length - 1)].scrollIntoView();
 addEventListener("keydown", (e) => {{
-  const step = {{ArrowRight: 1, ArrowDown: 1, PageDown: 1, " ": 1, ArrowLeft: -1, ArrowUp: -1, PageUp: -1}}[e.key];
+  const forward = ["ArrowRight", "ArrowDown", "PageDown", " "].includes(e.key);
+  const step = forward - ["ArrowLeft", "ArrowUp", "PageUp"].includes(e.key);
   if (step) {{ e.preventDefault(); go(now() + step); }}
   if (e.key === "Home" || e.key === "End") {{ e.preventDefault(); go(e.key === "Home" ? 0 : all.length); }}
 }});
 </script></body></html>
 """
-STYLE = """
-* { box-sizing: border-box }
-html { scroll-snap-type: y mandatory; font: 3.2vmin/1.4 sans-serif; color: #1a1a1a; background: #fff }
-body { margin: 0 }
-section { height: 100vh; padding: 5vmin 7vmin 7vmin; scroll-snap-align: start; position: relative; overflow: hidden;
-  display: flex; flex-direction: column; break-after: page }
-h1 { font-size: 6vmin; margin: auto 0 2vmin } h2 { font-size: 4.4vmin; margin: 0 0 2.5vmin; color: #16527f }
-.title p { margin: 0 0 auto; color: #444 }
-.parts { display: grid; gap: 2vmin 5vmin; grid-template-columns: minmax(0, 1fr); align-content: start; flex: 1; min-height: 0 }
-.two { grid-template-columns: minmax(0, 1fr) minmax(0, 1.35fr); align-items: start }
-.parts > div { min-height: 0 }
-p, ul, ol { margin: 0 0 1.4vmin } li { margin-bottom: .8vmin }
-img { max-width: 100%; max-height: 68vh; display: block; margin: auto }
-pre { font-size: 2.1vmin; line-height: 1.35; background: #f4f4f4; padding: 1.6vmin; margin: 0 0 1.4vmin; white-space: pre-wrap }
-code { background: #f0f0f0; padding: 0 .3em } pre code { padding: 0 }
-table { border-collapse: collapse; font-size: 2.6vmin; margin-bottom: 1.4vmin } td, th { border-bottom: 1px solid #999; padding: .5vmin 1.2vmin; text-align: left }
-math[display=block] { font-size: 3.4vmin; margin: 1vmin 0 2vmin }
-footer { position: absolute; bottom: 2vmin; left: 7vmin; right: 7vmin; font-size: 1.8vmin; color: #666; display: flex; justify-content: space-between }
-@page { size: 1280px 720px; margin: 0 }
-"""
+STYLE = (Path(__file__).resolve().parent / "slides.css").read_text()
 
 
 class Missing(ValueError):
@@ -164,10 +146,11 @@ def slide(entry, number):
 
 def deck(entry):
     """One lecture as a page."""
-    first = f'<section class="title"><h1>{escape(entry["title"])}</h1><p>{escape(entry["about"])}</p></section>'
+    title, about = escape(entry["title"]), escape(entry["about"])
+    first = f'<section class="title"><h1>{title}</h1><p>{about}</p></section>'
     slides = [first, *(slide(x, n) for n, x in enumerate(entry["slides"], 2))]
     style = STYLE + PYGMENTS.get_style_defs(".highlight") + " .highlight { background: #f4f4f4 }"
-    return PAGE.format(title=escape(entry["title"]), style=style, slides="\n".join(slides))
+    return PAGE.format(title=title, style=style, slides="\n".join(slides))
 
 
 def build(folder=BUILT):
