@@ -16,6 +16,8 @@ import mutants
 
 # Right code must be let through as it is, and wrapped in every place where a fault may sit.
 RIGHT = (nullcontext, mutants.honest_scaffold)
+# How often: a judge that objects by chance would have to be lucky each time.
+TIMES = 2
 ROOMS = {
     "rule": "decays_after_the_write reference_forgets_the_first_decay reference_has_a_wrong_gradient "
     "chunked_decays_too_much chunked_cuts_the_last_state",
@@ -48,22 +50,24 @@ def visit(judge, room, implementation, seed):
     for fault in ROOMS[room]:
         backend = "chunked" if fault.startswith("chunked") else "reference"
         showings.append((fault, mutants.MUTANTS[fault][0], backend))
+    showings *= TIMES
     draw.shuffle(showings)
-    found, wrong = {}, None
+    missed, wrong = {}, None
     for fault, context, backend in showings:
         try:
             judge(*implementation(room, context, draw.randrange(2**31), backend))
         except AssertionError as error:
             if fault is None:
                 wrong = f"it objects to right code: {error}"
-            found[fault] = None
         except Exception as error:
             if fault is None:
                 wrong = f"it breaks on right code: {type(error).__name__}: {error}"
-            found[fault] = f"it breaks: {type(error).__name__}: {error}"
+            missed[fault] = f"it breaks: {type(error).__name__}: {error}"
         else:
-            found[fault] = "it lets this fault through"
-    return {fault: wrong or found[fault] for fault in ROOMS[room]}
+            missed[fault] = "it lets this fault through"
+        if wrong:
+            break
+    return {fault: wrong or missed.get(fault) for fault in ROOMS[room]}
 
 
 def tour(room, implementation):
