@@ -264,6 +264,10 @@ def main(arguments=None):
     if not seed:
         options.error("SEED is not set: choose one that no student knows, such as a long word, and keep it")
     for assignment in assignments:
+        checks = [check.source for exercise in assignment.exercises.values() for check in exercise.hidden]
+        if any("import museum" in check for check in checks):  # planted faults do not go where answers run
+            print(f"{assignment.name}: no zip; only make grade can judge it")
+            continue
         path = BUILT / "instructor" / f"{assignment.name}-autograder.zip"
         autograder(assignment, seed, path)
         page = BUILT / "instructor" / f"{assignment.name}-marking.md"

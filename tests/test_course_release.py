@@ -81,7 +81,7 @@ def test_a_handout_runs_as_it_is_and_solved(source):
         namespace, said = {"__name__": "__main__"}, io.StringIO()
         with contextlib.redirect_stdout(said):
             for cell in notebook.cells:
-                if cell.cell_type == "code" and "pip" not in cell.source:
+                if cell.cell_type == "code" and "%pip" not in cell.source:
                     masters.parser.define(cell.source, namespace, source.stem)
         lines = said.getvalue().splitlines()
         assert len(lines) == len(assignment.exercises)
