@@ -42,12 +42,12 @@ def furnish(spec):
     """Build the new root and go there."""
     root = Path(spec["root"])
     mount("-t", "tmpfs", "-o", "size=4m,mode=755", "tmpfs", root)
-    for path in (*SYSTEM, *spec["show"]):
+    for path, size in (("tmp", spec["scratch"]), ("dev/shm", 1)):
+        (root / path).mkdir(parents=True)
+        mount("-t", "tmpfs", "-o", f"size={size}m,mode=1777,nosuid,nodev", "tmpfs", root / path)
+    for path in (*SYSTEM, *spec["show"]):  # after /tmp, below which the project may lie
         if os.path.lexists(path):
             show(root, path, read_only=not path.startswith("/dev/"))
-    for path, size in (("tmp", spec["scratch"]), ("dev/shm", 1)):
-        (root / path).mkdir(parents=True, exist_ok=True)
-        mount("-t", "tmpfs", "-o", f"size={size}m,mode=1777,nosuid,nodev", "tmpfs", root / path)
     (root / "proc").mkdir()
     mount("-t", "proc", "proc", root / "proc")
     mount("-o", "remount,bind,ro", root)
