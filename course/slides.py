@@ -56,6 +56,8 @@ def chapter(name):
     """A chapter's text and its code cells."""
     notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(r"\s*\{cite\}`[^`]*`", "", text)
+    text = re.sub(r"\{[\w:]+\}`~?([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", text)  # a link is its words
     return text, [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
@@ -72,8 +74,7 @@ def quote(name, words):
         if not place:
             raise Missing(f"{name}: the block of {words!r} does not end so")
         found = found[: place.end()]
-    found = re.sub(r"\s*\{cite\}`[^`]*`", "", found)
-    return re.sub(r"\{\w+\}`([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", found)
+    return found
 
 
 def code(name, function):

@@ -51,7 +51,7 @@ def test_nothing_runs_over_the_edge(decks):
     [
         ("text", "These words are in no chapter", "begins in 0 places"),
         ("text", "The", "places, not in one"),
-        ("text", "Two things are carried from pass to pass ... nowhere", "does not end so"),
+        ("text", "Two things go from pass to pass ... nowhere", "does not end so"),
         ("code", "no_such_function", "no_such_function"),
         ("output", "nothing prints this", "no cell prints"),
         ("figure", "no such picture", "no figure"),
