@@ -77,14 +77,16 @@ def test_passes_and_recomputation_multiply_what_they_repeat():
 
 
 def test_memory_is_a_line_in_the_windows_and_grows_with_the_passes():
-    model = on_meta({k: v for k, v in JET.items() if k not in ("auto_map", "torch_dtype")})
+    small = {k: v for k, v in JET.items() if k not in ("auto_map", "torch_dtype")}
+    small |= dict(num_hidden_layers=4, layer_types=["jet", "attn", "jet", "swa"])
+    model = on_meta(small)
     train, sizes = TrainConfig(1, 1, checkpoint=True), {}
     for tokens, passes in ((64, 2), (128, 2), (192, 2), (64, 3)):
         reading = budget.Reading((tokens, 4), (True, False))
         peak = budget.step_bytes(model, train, reading, passes)
         sizes[tokens, passes] = peak - budget.weight_bytes(model, train)
     assert sizes[192, 2] - sizes[128, 2] == pytest.approx(sizes[128, 2] - sizes[64, 2], rel=0.1)
-    assert sizes[64, 3] > 1.2 * sizes[64, 2]
+    assert sizes[64, 3] > 1.1 * sizes[64, 2]
 
 
 def test_low_rank_differences_need_little_beside_the_weights():
@@ -111,11 +113,11 @@ def test_followed_memory_is_what_a_step_takes(tmp_path, name):
     # without the compiled loops, which no GPU runs
     unplain = patch.object(jit, "plain", lambda *tensors: False)
     with unplain, budget.without_gradients(model), flops.LiveBytes() as live:
-        options = dict(window=16, passes=3, checkpoint=True, return_logits=False)
+        options = dict(window=16, passes=2, checkpoint=True, return_logits=False)
         sl.sleep_forward(model, inputs, labels, **options).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     reading = budget.Reading((16, 16, 8), (True, True, False))
-    followed = budget.step_bytes(model.to("meta"), train, reading, 3, 2) - budget.weight_bytes(model, train)
+    followed = budget.step_bytes(model.to("meta"), train, reading, 2, 2) - budget.weight_bytes(model, train)
     assert followed == pytest.approx(live.peak, rel=0.04)
 
 
