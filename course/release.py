@@ -35,7 +35,8 @@ HOW = """\
 > **How it is graded.** Fill in the functions; keep their names. The cells with checks are for you: they show
 > small examples. Points come from the tables, on inputs that you do not see. Your functions get data and
 > return data. They run without a network, {call} seconds at most for one call, {total} for the whole
-> notebook. Printing earns nothing. {library} Write your answers where it says *Write here.* Hand in this
+> notebook. Printing earns nothing. {library}
+> Write your answers where it says *Write here*: in that cell, and keep the bold line above. Hand in this
 > file, `{name}.ipynb`."""
 LIBRARY = {
     True: "You may use `sleeplib`.",
