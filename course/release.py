@@ -35,12 +35,14 @@ HOW = """\
 > **How it is graded.** Fill in the functions; keep their names. The cells with checks are for you: they show
 > small examples. Points come from the tables, on inputs that you do not see. Your functions get data and
 > return data. They run without a network, {call} seconds at most for one call, {total} for the whole
-> notebook. Printing earns nothing. {library} Write your answers where it says *Write here.* Hand in this
+> notebook. Printing earns nothing. {library}
+> Write your answers where it says *Write here*: in that cell, and keep the bold line above. Hand in this
 > file, `{name}.ipynb`."""
 LIBRARY = {
     True: "You may use `sleeplib`.",
     False: "NumPy and PyTorch are there, `sleeplib` is not.",
 }
+CHECKS = "NumPy and PyTorch are there. `sleeplib` is not: this notebook uses it, your functions may not."
 README = """\
 {name}.ipynb: {title}
 
@@ -102,19 +104,21 @@ def handout(assignment, convert):
     by_stub = {exercise.stub.id: exercise for exercise in assignment.exercises.values()}
     path = f"course/handouts/{assignment.name}.ipynb"
     owner = REPOSITORY["url"].removeprefix("https://github.com/")
+    public, allowed = parser.public_cells(assignment.notebook), assignment.settings["sleeplib"]
+    needed = allowed or any("import sleeplib" in cell.source for cell in public)
     how = HOW.format(
         colab=f"https://colab.research.google.com/github/{owner}/blob/{REPOSITORY['branch']}/{path}",
         name=assignment.name,
         call=assignment.settings["call"],
         total=assignment.settings["total"],
-        library=LIBRARY[assignment.settings["sleeplib"]],
+        library=CHECKS if needed and not allowed else LIBRARY[allowed],
     )
-    for cell in parser.public_cells(assignment.notebook):
+    for cell in public:
         first = cell.cell_type == "code" and before is None
         if first:
             before = cell
             cells.append(markdown(how))
-            if not assignment.settings["sleeplib"]:
+            if not needed:
                 continue  # nothing to install
         if cell.cell_type == "markdown":
             made = markdown(convert.markdown(cell.source))
@@ -264,14 +268,14 @@ def main(arguments=None):
     if not seed:
         options.error("SEED is not set: choose one that no student knows, such as a long word, and keep it")
     for assignment in assignments:
+        page = BUILT / "instructor" / f"{assignment.name}-marking.md"
+        write_atomically(page, marking(assignment).encode())
         checks = [check.source for exercise in assignment.exercises.values() for check in exercise.hidden]
         if any("import museum" in check for check in checks):  # planted faults do not go where answers run
-            print(f"{assignment.name}: no zip; only make grade can judge it")
+            print(f"{page.relative_to(ROOT)}; no zip, only make grade can judge it")
             continue
         path = BUILT / "instructor" / f"{assignment.name}-autograder.zip"
         autograder(assignment, seed, path)
-        page = BUILT / "instructor" / f"{assignment.name}-marking.md"
-        write_atomically(page, marking(assignment).encode())
         print(f"{path.relative_to(ROOT)} and {page.name}: {assignment.points} points")
     print("These hold your seed and the hidden checks: do not hand them out.")
     return 0

@@ -301,9 +301,10 @@ def nap_with(passes=0, boundary=False, forget=False):
         if forget:
             state = replace(stream.state, kv=None, conv=None)
             return replace(stream, state=state, boundary=state, read=(), naps=stream.naps + 1)
-        self._passes += passes
+        more = passes if stream.read else 0  # with one pass nothing is kept that another could start from
+        self._passes += more
         stream = honest(self, replace(stream, boundary=stream.state) if boundary else stream)
-        self._passes -= passes
+        self._passes -= more
         return stream
 
     return nap

@@ -122,6 +122,7 @@ EARNED = {  # name: points, cells
     "stripped": (4, [RIGHT]),
     "reordered": (4, ["def mean_row(x):\n    return f(x / len(x))", "f = make()", "def make(): return sum"]),
     "magics": (4, ["%pip install nothing\n!ls", RIGHT, "def ("]),
+    "set_up": (4, [RIGHT, "#@title Run me first: sets up sleeplib\nmean_row = None"]),
     "scratch": (4, [RIGHT, "while True: pass"]),
     "exit_load": (4, ["raise SystemExit", "sys.exit(0)", RIGHT]),
     "checks_kept": (4, [RIGHT, "def check_mean_row(a):\n    os._exit(1)", "check_mean_row(mean_row)"]),

@@ -43,6 +43,17 @@ def test_the_handout_is_current(source, convert):
     assert (release.HANDOUTS / f"{source.stem}.ipynb").read_text() == made, "run make student-release"
 
 
+def test_a_handout_that_imports_the_library_sets_it_up_first():
+    count = 0
+    for path in release.HANDOUTS.glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        imports = any("import sleeplib" in source for source in code)
+        assert code[0].startswith("#@title Run me first") == imports, path.name
+        count += imports
+    assert count >= 3  # Algorithm 1, the experiment, the museum
+
+
 def test_every_handout_has_a_master():
     assert {path.stem for path in release.HANDOUTS.glob("*.ipynb")} == {source.stem for source in SOURCES}
 
