@@ -10,20 +10,18 @@ settings        what it does
 PruneConfig     keeps the keys and values of some tokens: the newest, sinks, those attended to; or of all
 PassesConfig    spends N passes otherwise: without feeding h back, without writing, after the question
 UntiedConfig    sleeps with other weights in every pass
-TTTConfig       takes N gradient steps on the loss of the next token, in the weights of an MLP
+TTTConfig       takes N gradient steps on the loss of the next token (:mod:`sleeplib.ttt`)
 ==============  =======================================================================================
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .checks import finite_number, integer
-from .kernels import naive, use_numba
-from .layers import Attention, SwiGLU, rotary_angles
+from .checks import integer
+from .kernels import naive
+from .layers import Attention, rotary_angles
 from .model import Block, HybridLM, ModelConfig
 from .state import LMState
 
@@ -271,117 +269,3 @@ class Untied(HybridLM):
                 unread = blocks is self.layers and i == len(blocks) - 1
                 h, after[i] = block(h, start[i]._replace(S=after[i].S), window, unread)
         return LMState.from_blocks(after, state.position + tokens.shape[1])
-
-
-# Test-time training: the window is learned by gradient descent on the loss of the next token
-
-
-@dataclass(frozen=True)
-class TTTConfig(ModelConfig):
-    """A transformer that learns each window by heart: N steps of gradient descent in an MLP's weights.
-
-    Parameters
-    ----------
-    fast_size : int, optional
-        Hidden width of the MLP that learns; that of the other MLPs if absent.
-    inner_lr : float
-        Where the inner learning rate of each of its three matrices starts; the rates are learned too.
-
-    Notes
-    -----
-    After E2E-TTT (arXiv 2512.23675): the MLPs of the last quarter of the blocks learn, here one of four,
-    each beside one that does not; the first weights are trained through the inner steps (second order).  Ours
-    differs: hard eviction at a window's end, as in every other arm; N steps a window and not one; the sum of
-    the losses and not their mean; learned rates.
-
-    Chapter: 15_argument
-    """
-
-    pattern: str = "aaaa"
-    fast_size: int | None = None
-    inner_lr: float = 0.03
-
-    def __post_init__(self):
-        super().__post_init__()
-        if set(self.pattern) != {"a"} or not 4 <= len(self.pattern) < 8 or self.loop is not None:
-            raise ValueError(
-                f"pattern must be 4 to 7 times a, and loop None; got {self.pattern!r}, {self.loop}"
-            )
-        size = self.hidden if self.fast_size is None else integer("fast_size", self.fast_size, 1)
-        object.__setattr__(self, "fast_size", size)
-        object.__setattr__(self, "inner_lr", finite_number("inner_lr", self.inner_lr, least=1e-9))
-
-    def build(self):
-        """Make the model."""
-        return TestTimeTrained(self)
-
-
-class TTTBlock(Block):
-    """Attention, and beside the MLP a second one whose weights are the block's fast weight.
-
-    The fast weight is (B, 3, D, F): gate, up and down of a SwiGLU of width F, the last transposed.
-    """
-
-    def __init__(self, config):
-        super().__init__("a", config)
-        self.first = SwiGLU(config.d_model, config.fast_size)
-        self.log_rate = nn.Parameter(torch.full((3,), math.log(config.inner_lr)))
-
-    def first_weights(self, batch_size):
-        """What every sequence starts from, (B, 3, D, F)."""
-        W = torch.stack((self.first.gate.weight.T, self.first.up.weight.T, self.first.down.weight))
-        return W.expand(batch_size, *W.shape)
-
-    def attend(self, h, memory, sliding_window=None):
-        """The first half of the block."""
-        y, after = self.mixer(self.mixer_norm(h), memory._replace(S=None), sliding_window)
-        return h + y, after._replace(S=memory.S)
-
-    def feed(self, h, W):
-        """The second half: both MLPs, the one with the weights W (B, 3, D, F) given."""
-        x = self.mlp_norm(h)  # (B, T, D)
-        gate, up = torch.einsum("btd,bndf->nbtf", x, W[:, :2])
-        return h + self.mlp(x) + torch.einsum("btf,bdf->btd", F.silu(gate) * up, W[:, 2])
-
-    def forward(self, h, memory, sliding_window=None, write_only=False):
-        """Map h (B, T, D) and this block's memory to the next h and memory."""
-        h, memory = self.attend(h, memory, sliding_window)
-        return None if write_only else self.feed(h, memory.S), memory
-
-
-class TestTimeTrained(HybridLM):
-    """A transformer one of whose MLPs goes on learning while it reads.
-
-    Chapter: 15_argument
-    """
-
-    config_class = TTTConfig
-    __test__ = False  # no test class of pytest's
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers[-1] = TTTBlock(config)
-
-    def initial_state(self, batch_size):
-        """Return an :class:`LMState` with empty caches and the first weights of the MLP that learns."""
-        state = super().initial_state(batch_size)
-        return replace(
-            state, fast_weights=(*state.fast_weights[:-1], self.layers[-1].first_weights(batch_size))
-        )
-
-    def consolidate(self, tokens, state, passes, window=None):
-        """Read a window once, and take N steps on the cross-entropy of its tokens 2, 3, ..."""
-        h, block, trained = self.embed(tokens), self.layers[-1], torch.is_grad_enabled()
-        self.check_state(state, h)
-        h, memories = self.run(h, state.blocks(), range(len(self.layers) - 1), window)
-        h, memories[-1] = block.attend(h, memories[-1], window)
-        W, rates = memories[-1].S, block.log_rate.exp().view(3, 1, 1)
-        # The kernels' gradients have no gradients: what is differentiated twice is plain PyTorch.
-        with torch.enable_grad(), use_numba(False):
-            W = W if trained else W.detach().requires_grad_()
-            for _ in range(passes):
-                logits = self.readout(block.feed(h, W))[:, :-1].flatten(0, 1)
-                loss = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
-                W = W - rates * torch.autograd.grad(loss, W, create_graph=trained)[0]
-        memories[-1] = memories[-1]._replace(S=W if trained else W.detach())
-        return LMState.from_blocks(memories, state.position + tokens.shape[1])

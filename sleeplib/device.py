@@ -1,11 +1,13 @@
-"""Where a run runs: the device, its memory, and a step captured as one CUDA graph."""
+"""Where a run runs: the device, its memory, a step captured as one CUDA graph, and signals from outside."""
 
 import ctypes
 import mmap
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
@@ -160,3 +162,24 @@ def peak_bytes(device):
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def deferred_interrupt():
+    """Note the first SIGINT or SIGTERM in the list that is yielded, so no step is cut; a second raises."""
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    # Signals go to the main thread only; another one may not even ask for them.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

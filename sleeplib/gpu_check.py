@@ -21,9 +21,9 @@ from . import device as machine
 from . import experiments, records
 from .bench import in_turn
 from .checks import finite_number
-from .flops import training_bytes
+from .flops import fitting_parts, training_bytes
 from .kernels import gated_delta_rule, gated_hebbian_rule, use_numba
-from .training import Trainer, fitting_parts, training_batch
+from .training import Trainer, training_batch
 
 GIB = 2**30
 SHAPES = ((2, 70, 2, 16, 32), (1, 130, 2, 64, 128))  # B, T, H, K, V: with a rest, and over several chunks

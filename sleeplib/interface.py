@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import check_tensor, integer
+from .checks import check_tensor, integer, token_tensor
 from .state import LMState
 
 
@@ -15,7 +15,8 @@ class Sleepable:
     Nothing in :func:`sleep`, :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
 
     Algorithm 1 asks three things of a window: ``consolidate`` (asleep), ``predict`` (awake) and ``evict`` (at
-    its end).  What they do here is sleep; :mod:`sleeplib.baselines` has models that do something else.
+    its end).  What they do here is sleep; :mod:`sleeplib.baselines` and :mod:`sleeplib.ttt` have models that
+    do something else.
 
     Attributes
     ----------
@@ -96,14 +97,24 @@ class Sleepable:
         passes = passes if self.has_fast_weights else 1
         return self.blocks(self.embed(tokens), state, passes=passes, window=window, write_only=True)[1]
 
-    def predict(self, tokens, state, passes, window=None):
-        """Awake: read tokens (B, T) in one pass, whatever N is: logits (B, T, vocab) and the next state."""
+    def forward(self, tokens, state, window=None):
+        """Read tokens (B, T) awake, in one pass: logits (B, T, vocab) and the next state."""
         h, state = self.blocks(self.embed(tokens), state, window=window)
         return self.readout(h), state
+
+    def predict(self, tokens, state, passes, window=None):
+        """Awake: :meth:`forward`, whatever N is."""
+        return Sleepable.forward(self, tokens, state, window)  # a model may call something else forward
 
     def evict(self, state, eviction="hard", window=None):
         """Drop the cache at a window's end, see :meth:`LMState.evict`."""
         return state.evict(eviction, window)
+
+    def check_tokens(self, tokens):
+        """Raise an error unless tokens are int64 (B, T), known words, on the model's device."""
+        token_tensor("tokens", tokens, self.vocab_size)
+        if tokens.device != self.device:
+            raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}")
 
     def check_h(self, h):
         """Raise an error unless h is a float tensor (B, T, D) of the model's width, precision and device."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .checks import finite_number, integer, token_tensor
+from .checks import finite_number, integer
 from .interface import Sleepable
 from .kernels import BACKENDS
 from .layers import Attention, GatedDeltaNet, RMSNorm, SwiGLU, linear
@@ -181,20 +181,13 @@ class HybridLM(Sleepable, nn.Module):
 
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D)."""
-        token_tensor("tokens", tokens, self.vocab_size)
-        if tokens.device != self.device:
-            raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}")
+        self.check_tokens(tokens)
         return self.embedding(tokens)
 
     def readout(self, h):
         """Map h (B, T, D) to logits (B, T, vocab)."""
         self.check_h(h)
         return self.head(self.norm(h))
-
-    def forward(self, tokens, state, window=None):
-        """Read tokens (B, T) awake, in one pass: logits (B, T, vocab) and the next state."""
-        h, state = self.blocks(self.embed(tokens), state, window=window)
-        return self.readout(h), state
 
     def save(self, folder):
         """Write ``config.json`` and ``model.safetensors`` to `folder`, each whole or not at all."""

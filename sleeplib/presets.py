@@ -2,12 +2,13 @@
 
 import dataclasses
 
-from .baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
+from .baselines import PassesConfig, PruneConfig, UntiedConfig
 from .experiments import PRESETS, PRETRAINED, Experiment, TrainConfig
 from .model import ModelConfig
 from .pretrained import LoRA, PretrainedConfig, TokenizedGSM
 from .pretrained.published import PUBLISHED, SIX_JET
 from .tasks import Depo, GSMInfinite, Recall, Rule110, Text
+from .ttt import TTTConfig
 
 
 def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model):

@@ -4,10 +4,8 @@ import hashlib
 import math
 import os
 import signal
-import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from .checks import integer
 from .evaluation import evaluate, held_out
 from .experiments import get
 from .finetune import choose_trained, fast_parameters, start_from
-from .flops import training_bytes
+from .flops import fitting_parts
 from .kernels import use_numba
 from .optimizers import SLOTS, make_optimizers, schedule
 from .tasks import TASKS, stream
@@ -29,9 +27,6 @@ from .tasks.check import check_task
 from .threads import cores
 
 DATA = 0  # the stream of random numbers of training data; it does not depend on N
-# What a step's peak is of its prediction: .63 and .66 were measured on an H200 where a step is captured and
-# fused; where it is not, the allocator wastes some.
-CAPTURED, EAGER = 0.75, 1.1
 
 
 def training_batch(task, train, seed, step):
@@ -43,54 +38,6 @@ def data_hash(*batches):
     """Sixteen hex digits of the tokens and labels of some batches."""
     tokens = [x.numpy().astype("<i8").tobytes() for batch in batches for x in (batch.inputs, batch.labels)]
     return hashlib.sha256(b"".join(tokens)).hexdigest()[:16]
-
-
-def fitting_parts(experiment, passes, free, precision, world=1):
-    """The smallest power of two of parts in which a batch fits into `free` bytes of a GPU.
-
-    At most one a sequence; None if not even that fits.  What is needed is :func:`training_bytes` of a part of
-    a process' share, times CAPTURED where the step is captured and fused, else EAGER.
-
-    Chapter: 11_rule110
-    """
-    experiment = get(experiment)
-    train = experiment.train
-    share = -(-train.batch // world)
-    captured = train.graph and world == 1 and find_spec("triton") is not None
-
-    def bytes_in(parts):
-        return training_bytes(experiment, passes, -(-share // parts), precision)
-
-    if (CAPTURED if captured else EAGER) * (whole := bytes_in(1)) <= free:
-        return 1
-    parts = 2
-    while parts < 2 * share:
-        # Half a batch takes half of its bytes or more: what that rules out need not be followed.
-        if EAGER * whole / parts <= free and EAGER * bytes_in(parts) <= free:
-            return min(parts, share)
-        parts *= 2
-    return None
-
-
-@contextmanager
-def deferred_interrupt():
-    """Note the first SIGINT or SIGTERM in the list that is yielded, so no step is cut; a second raises."""
-    noted = []
-
-    def note(number, frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    # Signals go to the main thread only; another one may not even ask for them.
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -298,7 +245,7 @@ class Trainer:
         quiet = not progress or self.rank > 0 or "TQDM_DISABLE" in os.environ
         bar = tqdm(total=train.steps, initial=self.step, desc=name, disable=quiet or None)
         began, status, noticed = time.perf_counter(), None, 0
-        with deferred_interrupt() as noted:
+        with machine.deferred_interrupt() as noted:
             try:
                 while self.step < end and not (noticed := processes.agreed(noted[0] if noted else 0)):
                     start = time.perf_counter()

@@ -12,10 +12,11 @@ from tiny import VOCAB, WINDOW, close, labels_at, sequence, tiny_model, weights
 
 import sleeplib as sl
 from sleeplib import flops, kernels
-from sleeplib.baselines import PassesConfig, PruneConfig, TTTConfig, UntiedConfig
+from sleeplib.baselines import PassesConfig, PruneConfig, UntiedConfig
 from sleeplib.experiments import Experiment, TrainConfig
 from sleeplib.presets import SWEEPS, chosen
 from sleeplib.training import Trainer
+from sleeplib.ttt import TTTConfig
 
 L = WINDOW
 WAYS = ("replay", "frozen", "rewrite", "awake", "awake-cache")

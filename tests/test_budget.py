@@ -13,7 +13,7 @@ import sleeplib as sl
 from sleeplib import budget, flops
 from sleeplib.experiments import PRETRAINED, TrainConfig
 from sleeplib.kernels import jit
-from sleeplib.pretrained import FAMILIES, Insert, LoRA, jet, ouro
+from sleeplib.pretrained import FAMILIES, Insert, LoRA, jet, ouro  # noqa: F401  transformers hears of two
 from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 T = 48  # tokens of the count; more than a chunk of the delta rule would only take longer
@@ -101,8 +101,6 @@ def test_low_rank_differences_need_little_beside_the_weights():
 def test_followed_memory_is_what_a_step_takes(tmp_path, name):
     config, shapes = {"ouro": (OURO, ouro_shapes), "jet_nemotron": (JET, jet_shapes)}[name]
     write_checkpoint(tmp_path, config, shapes(config))
-    for module in (jet, ouro):
-        module.register()
     original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     insert = Insert((1,), 2, 4, 8) if name == "ouro" else None
     model = FAMILIES[name](original, insert=insert, backend="chunked")

@@ -24,7 +24,7 @@ LAYERS = [
     {"algorithm"},
     {"sleeper"},
     {"tasks"},
-    {"baselines", "pretrained"},
+    {"baselines", "pretrained", "ttt"},
     {"experiments"},
     {"presets", "flops", "evaluation", "checkpoints", "finetune", "optimizers"},
     {"training"},

@@ -86,7 +86,7 @@ def test_every_small_preset_fits_a_t4_in_float32(name):
     """At the N that takes the most, in four parts or fewer."""
     experiment = sl.experiments.get(name)
     part = experiment.train.batch // 4
-    assert training.EAGER * flops.training_bytes(experiment, max(experiment.passes), part, "float32") < T4
+    assert flops.EAGER * flops.training_bytes(experiment, max(experiment.passes), part, "float32") < T4
 
 
 def test_a_batch_is_read_in_as_few_parts_as_fit():
@@ -98,16 +98,16 @@ def test_a_batch_is_read_in_as_few_parts_as_fit():
     eager, graph = (
         sl.experiments.get("rule110-quick").replace(batch=8, graph=graph) for graph in (False, True)
     )
-    with patch.object(training, "training_bytes", predicted), patch.object(training, "EAGER", 1.0):
+    with patch.object(flops, "training_bytes", predicted), patch.object(flops, "EAGER", 1.0):
         for free, parts in ((800, 1), (799, 2), (420, 2), (419, 4), (200, 8), (134, None)):
-            assert training.fitting_parts(eager, 1, free, "float32") == parts, free
-        assert training.fitting_parts(eager, 1, 400, "float32", world=2) == 2  # its share are 4 sequences
+            assert flops.fitting_parts(eager, 1, free, "float32") == parts, free
+        assert flops.fitting_parts(eager, 1, 400, "float32", world=2) == 2  # its share are 4 sequences
         for fuses, free, parts in ((True, 600, 1), (True, 599, 2), (False, 799, 2)):
-            with patch.object(training, "find_spec", lambda name, fuses=fuses: fuses or None):
-                assert training.fitting_parts(graph, 1, free, "float32") == parts
+            with patch.object(flops, "find_spec", lambda name, fuses=fuses: fuses or None):
+                assert flops.fitting_parts(graph, 1, free, "float32") == parts
         odd = eager.replace(batch=3)
         sizes[3] = 500
-        assert training.fitting_parts(odd, 1, 140, "float32") == 3
+        assert flops.fitting_parts(odd, 1, 140, "float32") == 3
 
 
 def test_a_gpu_is_asked_what_is_free_and_a_cpu_is_not():
@@ -119,7 +119,7 @@ def test_a_gpu_is_asked_what_is_free_and_a_cpu_is_not():
             assert trainer.fitting_parts() == parts, free
     for error, parts in ((NotImplementedError, 1), (RuntimeError, 1)):
         with patch.object(device, "free_bytes", lambda device: 0):
-            with patch.object(training, "training_bytes", side_effect=error):
+            with patch.object(flops, "training_bytes", side_effect=error):
                 assert trainer.fitting_parts() == parts
     known = dict(mem_get_info=(1000, 9999), memory_reserved=300, memory_allocated=100)
     with patch.multiple(torch.cuda, **{k: lambda device, v=v: v for k, v in known.items()}):

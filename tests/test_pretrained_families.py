@@ -10,7 +10,7 @@ from tiny import close
 from tiny_families import JET, OURO, VOCAB, jet_logits, jet_shapes, ouro_logits, ouro_shapes, write_checkpoint
 
 import sleeplib as sl
-from sleeplib.pretrained import FAMILIES, Insert, jet, load, ouro, save
+from sleeplib.pretrained import FAMILIES, Insert, jet, load, ouro, save  # noqa: F401  transformers hears of jet
 from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 FAMILY = {"ouro": (OURO, ouro_shapes, ouro_logits), "jet_nemotron": (JET, jet_shapes, jet_logits)}
@@ -18,8 +18,6 @@ INSERT = Insert(after=(0, 2), num_heads=2, key_size=4, value_size=8)
 WINDOW = 6
 
 
-for module in (jet, ouro):
-    module.register()
 
 
 def original(folder):

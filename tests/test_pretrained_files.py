@@ -336,6 +336,9 @@ def test_a_task_in_the_tokens_of_a_model(folders):
     text = task.tokenizer.decode(batch.inputs[0], skip_special_tokens=True)
     answer = task.tokenizer.decode(batch.labels[0][batch.labels[0] != -100])
     assert str(solve_text(text.partition(" Answer:")[0])) == answer.strip()
+    assert torch.equal(task.solve(batch.inputs), batch.labels)
+    with pytest.raises(ValueError, match=f"inputs must ask at position {task.tokens[1]}"):
+        task.solve(batch.inputs.roll(1, dims=1))
     with pytest.raises(ValueError, match="room: question and answer take"):
         TokenizedGSM(**STORY, source=source, vocab_size=VOCAB, room=4).batch(3, np.random.default_rng(0))
     short = TokenizedGSM(**STORY | dict(tokens=(5, 6), window=6), source=source, vocab_size=VOCAB, room=5)

@@ -1,12 +1,13 @@
 """A pretrained model behind the interface of sleep: its own modules, run with their memory in sight."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..checks import integer, token_tensor
+from ..checks import integer
 from ..interface import Sleepable
 from ..kernels import BACKENDS
 from ..layers import GatedDeltaNet, RMSNorm
@@ -76,7 +77,7 @@ class InsertedBlock(nn.Module):
         return None if write_only else h + y.to(h.dtype), memory
 
 
-class PretrainedLM(Sleepable, nn.Module):
+class PretrainedLM(Sleepable, nn.Module, ABC):
     """A decoder of Hugging Face's transformers that can be put to sleep.
 
     Embedding, norms, projections and feed-forward layers are the original's own modules, called as such, so
@@ -146,9 +147,9 @@ class PretrainedLM(Sleepable, nn.Module):
         first, last = self.native_loop
         self.loop = places[first], places[last + 1] - 1
 
+    @abstractmethod
     def make_blocks(self, body, *, padded, backend):
         """One block for each decoder layer of `body`: a list of modules with a ``fast_shape``."""
-        raise NotImplementedError
 
     def default_loop(self, depth):
         """The layers that passes repeat if nobody says: all `depth` of them."""
@@ -186,9 +187,7 @@ class PretrainedLM(Sleepable, nn.Module):
 
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D); padding is zero."""
-        token_tensor("tokens", tokens, self.vocab_size)
-        if tokens.device != self.device:
-            raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}")
+        self.check_tokens(tokens)
         h = self.embedding(tokens)
         return h if self.padding is None else h.masked_fill((tokens == self.padding).unsqueeze(-1), 0)
 
@@ -196,11 +195,6 @@ class PretrainedLM(Sleepable, nn.Module):
         """Map h (B, T, D) to logits (B, T, vocab)."""
         self.check_h(h)
         return self.head(self.norm(h))
-
-    def forward(self, tokens, state, window=None):
-        """Read tokens (B, T) awake, in one pass: logits (B, T, vocab) and the next state."""
-        h, state = self.blocks(self.embed(tokens), state, window=window)
-        return self.readout(h), state
 
     def is_added(self, name):
         """Whether a parameter or module of this name is no part of the original."""

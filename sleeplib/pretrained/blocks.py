@@ -1,5 +1,7 @@
 """Decoder layers of pretrained models, run part by part: attention over a cache, the gated delta rule."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,11 +14,8 @@ from ..state import Memory
 HIDDEN = -(2**40)  # the age of a key that nobody may see: it stays below 0 however long the stream
 
 
-class Block(nn.Module):
-    """One decoder layer of the original; a subclass says what its mixer does.
-
-    ``mix(x, memory, window, write_only, real) -> (y, memory)`` maps the normed x (B, T, D), y None if
-    `write_only`; `real` (B, T) is False at padding, or None where there is none.
+class Block(nn.Module, ABC):
+    """One decoder layer of the original; a subclass says what its mixer does, in :meth:`mix`.
 
     Parameters
     ----------
@@ -49,6 +48,13 @@ class Block(nn.Module):
         y = self.layer.mlp(self._norm(before_mlp, h))
         y = y[0] if isinstance(y, tuple) else y  # a mixture of experts gives its router's scores too
         return h + _kept(self._norm(after_mlp, y), real), memory
+
+    @abstractmethod
+    def mix(self, x, memory, window, write_only, real):
+        """Map the normed x (B, T, D) and memory to y (B, T, D), None if `write_only`, and the next memory.
+
+        `real` (B, T) is False at padding, or None where there is none.
+        """
 
     def _norm(self, name, x):
         return x if name is None else getattr(self.layer, name)(x)
@@ -162,9 +168,6 @@ def rotate(q, k, rotary):
 class DeltaBlock(Block):
     """A layer of fast weights by the gated delta rule, several value heads to a key head.
 
-    A subclass reads its projections in ``read(x) -> (qkv, gate, b, a)``: qkv (B, T, C) before the
-    convolution, gate (B, T, H V), and b, a (B, T, H), of which beta and the decay are made.
-
     Parameters
     ----------
     layer, padded, norms
@@ -185,9 +188,12 @@ class DeltaBlock(Block):
         self.backend, self.strongest = backend, strongest
         self.fast_shape = m.num_v_heads, m.head_k_dim, m.head_v_dim
 
+    @abstractmethod
     def read(self, x):
-        """Project x (B, T, D)."""
-        raise NotImplementedError
+        """Project x (B, T, D) to (qkv, gate, b, a), as the family does it.
+
+        qkv (B, T, C) goes into the convolution, gate is (B, T, H V), b and a (B, T, H) make beta and decay.
+        """
 
     def mix(self, x, memory, window, write_only, real):
         """Read and write the fast weight, token by token of x (B, T, D)."""

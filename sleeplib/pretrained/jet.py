@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from .. import kernels
 from ..layers import RMSNorm, newest
 from ..state import Memory
 from .adapter import PretrainedLM, family
+from .bare import BareForCausalLM, BareModel, register
 from .blocks import AttentionBlock, Block, check_fast
 
 KINDS = ("attn", "swa", "jet")
@@ -74,35 +75,21 @@ class JetLayer(nn.Module):
             setattr(self, name, qwen2.Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps))
 
 
-class JetNemotronModel(PreTrainedModel):
+class JetNemotronModel(BareModel):
     """The weights between embedding and head."""
 
-    config_class = JetNemotronConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(JetLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = qwen2.Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = qwen2.Qwen2RotaryEmbedding(config)
-        self.post_init()
+    config_class, layer_class = JetNemotronConfig, JetLayer
+    norm_class, rotary_class = qwen2.Qwen2RMSNorm, qwen2.Qwen2RotaryEmbedding
 
 
-class JetNemotronForCausalLM(PreTrainedModel):
-    """Jet-Nemotron's weights under their own names; how they are run is said by :class:`JetNemotron`.
+@register
+class JetNemotronForCausalLM(BareForCausalLM):
+    """Jet-Nemotron's weights; how they are run is said by :class:`JetNemotron`.
 
     transformers has no Jet-Nemotron of its own, and the code that comes with the checkpoint needs Triton.
     """
 
-    config_class = JetNemotronConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = JetNemotronModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    config_class, model_class = JetNemotronConfig, JetNemotronModel
 
 
 class JetBlock(Block):
@@ -165,9 +152,3 @@ class JetNemotron(PretrainedLM):
             swa=lambda layer: attention(layer, own_window=swa["window_size"]),
         )
         return [kinds[kind](layer) for kind, layer in zip(c.layer_types, body.layers, strict=True)]
-
-
-def register():
-    """Tell transformers of this family, so that it reads a checkpoint without the code that comes with it."""
-    AutoConfig.register("jet_nemotron", JetNemotronConfig, exist_ok=True)
-    AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM, exist_ok=True)

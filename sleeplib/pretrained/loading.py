@@ -127,7 +127,7 @@ def adapt(original, **options):
         model = (known or Plain)(original, **options)
         if known is None:
             check_alike(model, original)
-    except (AttributeError, TypeError, NotImplementedError) as error:
+    except (AttributeError, TypeError, NotImplementedError) as error:  # the last by transformers: no decoder
         raise ValueError(
             f"source: the layers of a {kind} are not built as Llama's ({error}); known families are "
             f"{', '.join(sorted(FAMILIES))}, others are entered with sleeplib.pretrained.family"
@@ -176,10 +176,8 @@ def load_original(folder, dtype, trust_remote_code):
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from . import jet, ouro  # these are not transformers' own, and load it
+    from . import jet, ouro  # noqa: F401  transformers hears of them
 
-    for module in (jet, ouro):
-        module.register()
     settings = read_json(folder / "config.json", "it is no folder of a model of transformers")
     native = settings.get("model_type") in CONFIG_MAPPING
     if not native and not trust_remote_code:

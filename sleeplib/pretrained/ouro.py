@@ -1,10 +1,11 @@
 """Ouro, a transformer that loops by itself: two norms a sublayer, and the final norm in the loop."""
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as llama
 
 from .adapter import PretrainedLM, family
+from .bare import BareForCausalLM, BareModel, register
 from .blocks import AttentionBlock
 
 NORMS = ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2")
@@ -30,37 +31,22 @@ class OuroLayer(nn.Module):
             setattr(self, name, llama.LlamaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
 
-class OuroModel(PreTrainedModel):
+class OuroModel(BareModel):
     """The weights between embedding and head.  The gate of Ouro's early exit is kept, and not used."""
 
-    config_class = OuroConfig
+    config_class, layer_class = OuroConfig, OuroLayer
+    norm_class, rotary_class = llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(OuroLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = llama.LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = llama.LlamaRotaryEmbedding(config)
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
-        self.post_init()
 
 
-class OuroForCausalLM(PreTrainedModel):
-    """Ouro's weights under their own names; how they are run is said by :class:`Ouro`.
+@register
+class OuroForCausalLM(BareForCausalLM):
+    """Ouro's weights; how they are run is said by :class:`Ouro`.  transformers has no Ouro of its own."""
 
-    transformers has no Ouro of its own.  With this one a checkpoint is read without running code that
-    came with it.
-    """
-
-    config_class = OuroConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = OuroModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    config_class, model_class = OuroConfig, OuroModel
 
 
 class OuroBlock(AttentionBlock):
@@ -98,25 +84,13 @@ class Ouro(PretrainedLM):
 
     def make_blocks(self, body, *, padded, backend):
         """An attention block for each layer."""
-        last, options = len(body.layers) - 1, dict(padded=padded)
+        last, parts = body.layers[-1], (self.config.num_attention_heads, body.rotary_emb)
         return [
-            OuroBlock(
-                layer,
-                self.config.num_attention_heads,
-                body.rotary_emb,
-                final=body.norm if i == last else None,
-                **options,
-            )
-            for i, layer in enumerate(body.layers)
+            OuroBlock(layer, *parts, final=body.norm if layer is last else None, padded=padded)
+            for layer in body.layers
         ]
 
     def readout(self, h):
         """Map h (B, T, D), normed in the loop, to logits (B, T, vocab)."""
         self.check_h(h)
         return self.head(h)
-
-
-def register():
-    """Tell transformers of this family, so that it reads a checkpoint without the code that comes with it."""
-    AutoConfig.register("ouro", OuroConfig, exist_ok=True)
-    AutoModelForCausalLM.register(OuroConfig, OuroForCausalLM, exist_ok=True)

@@ -85,10 +85,8 @@ def on_meta(config, *, lora=None, dtype="float32", **options):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from . import jet, ouro
+    from . import jet, ouro  # noqa: F401  transformers hears of them
 
-    for module in (jet, ouro):
-        module.register()
     if isinstance(config, str):
         if config not in PUBLISHED:
             raise ValueError(f"config: {config!r} is not known here; there are {', '.join(PUBLISHED)}")

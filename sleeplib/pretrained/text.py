@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
 import torch.nn.functional as F
 
 from ..checks import integer
@@ -12,6 +13,7 @@ from ..sleeper import Sleeper
 from ..tasks import GSMInfinite
 from ..tasks.base import IGNORE
 from ..tasks.gsm_infinite.chance import gather, sample_targets
+from ..tasks.gsm_infinite.solver import solve_text
 from ..tasks.gsm_infinite.tokens import padding
 from .files import fetch
 from .loading import check_tokenizer, load_tokenizer
@@ -84,7 +86,17 @@ class TokenizedGSM(GSMInfinite):
 
     def solve(self, inputs):
         """Answer by reading the tokens as English, see :meth:`GSMInfinite.solve`."""
-        raise NotImplementedError("solve reads the closed vocabulary; take GSMInfinite with these settings")
+        inputs, encode = self._check_inputs(inputs), self._reader(self.tokenizer)
+        labels, first, filler = torch.full_like(inputs, IGNORE), self.tokens[1], padding(self.tokenizer)
+        cue = encode(" Answer:")
+        asked = first + len(cue) - 1
+        for row, wanted in zip(inputs.tolist(), labels):
+            if row[first : asked + 1] != cue:
+                raise ValueError(f"inputs must ask at position {first}")
+            answer = solve_text(self.tokenizer.decode([i for i in row[:first] if i != filler]))
+            targets = torch.tensor(encode(f" {answer}"))
+            wanted[asked : asked + len(targets)] = targets
+        return labels
 
 
 @lru_cache

@@ -126,7 +126,7 @@ class ContextTask:
         """Return `inputs` as an int64 tensor on the CPU, or raise unless they are tokens (B, T)."""
         try:
             inputs = torch.as_tensor(inputs).to_dense().cpu()
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # the last by device meta
             raise TypeError(f"inputs must be an int64 tensor; got {type(inputs).__name__}") from error
         if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"inputs must be an int64 tensor; got {inputs.dtype}")
