@@ -29,6 +29,11 @@ def test_every_fault_is_a_mutant_and_has_one_check(assignment):
     for room, names in museum.ROOMS.items():
         exercise = assignment.exercises[f"judge_{room}"]
         assert [check.name for check in exercise.hidden] == [f"hidden_judge_{room}_{n}" for n in names]
+    text = "\n".join(cell.source for cell in assignment.notebook.cells)
+    assert f"planted {len(faults)} faults" in text and "right code eight times, and each fault" in text
+    shown = []
+    visit(assignment, shown.append)
+    assert len(shown) == 8 + 2 * len(museum.ROOMS["data"])
 
 
 def test_who_objects_to_everything_finds_nothing(assignment):
