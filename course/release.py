@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import io
 import os
+import re
 import sys
 import tempfile
 import zipfile
@@ -38,6 +39,7 @@ HOW = """\
 > notebook. Printing earns nothing. {library}
 > Write your answers where it says *Write here*: in that cell, and keep the bold line above. Hand in this
 > file, `{name}.ipynb`."""
+IMPORTS = re.compile(r"^\s*(?:import|from) sleeplib\b", re.MULTILINE)
 LIBRARY = {
     True: "You may use `sleeplib`.",
     False: "NumPy and PyTorch are there, `sleeplib` is not.",
@@ -105,7 +107,7 @@ def handout(assignment, convert):
     path = f"course/handouts/{assignment.name}.ipynb"
     owner = REPOSITORY["url"].removeprefix("https://github.com/")
     public, allowed = parser.public_cells(assignment.notebook), assignment.settings["sleeplib"]
-    needed = allowed or any("import sleeplib" in cell.source for cell in public)
+    needed = allowed or any(IMPORTS.search(cell.source) for cell in public)
     how = HOW.format(
         colab=f"https://colab.research.google.com/github/{owner}/blob/{REPOSITORY['branch']}/{path}",
         name=assignment.name,

@@ -1,6 +1,7 @@
-"""Threads that wait do not spin, since tests share their cores; and the built site for its tests."""
+"""Threads that wait do not spin, since tests share their cores; the built site and a browser for their tests."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,26 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads its OpenMP
 ROOT = Path(__file__).resolve().parent.parent
+BROWSER = shutil.which("chromium")
+
+
+def pytest_collection_modifyitems(items):
+    """Without Chromium tests marked `browser` are skipped, but fail where SLEEPLIB_TEST_BROWSER is set."""
+    if BROWSER is None and not os.environ.get("SLEEPLIB_TEST_BROWSER"):
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason="needs chromium"))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's own Chromium (Debian's ``chromium``), headless."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -231,12 +231,10 @@ plant(
 )("starts_over_at_every_call")
 
 
-
-
-def labels_a_token_late(honest, model, inputs, labels, **options):
-    late = torch.full_like(labels, -100)
-    late[:, 1:] = labels[:, :-1]
-    return honest(model, inputs, late, **options)
+def labels_a_token_late(honest, model, inputs, labels, *, window, **options):
+    """In each chunk, so that none gains or loses its labels, which would be an error of its own."""
+    late = torch.cat([chunk.roll(1, dims=1) for chunk in labels.split(window, dim=1)], dim=1)
+    return honest(model, inputs, late, window=window, **options)
 
 
 def question_before_sleep(honest, model, inputs, labels, *, window, state=None, **options):
@@ -450,7 +448,7 @@ plant(
     "check_rule110_solver_agrees",
     rule110,
     "rule110_rollout",
-    lambda honest, rows, width, steps: honest(rows, width, steps - 1),
+    lambda honest, rows, width, steps: honest(rows, width, max(steps - 1, 0)),
 )("rolls_one_step_too_few")
 plant(
     "check_rule110_golden",

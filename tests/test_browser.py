@@ -1,8 +1,4 @@
-"""The built pages in headless Chromium: no error, nothing cut off, everything works by touch and by keyboard.
-
-Chromium is the system's own (Debian's ``chromium``). Without it these tests are skipped, but fail where
-SLEEPLIB_TEST_BROWSER is set, as in ``.ci/run``.
-"""
+"""The built pages in headless Chromium: no error, nothing cut off, everything works by touch and by keyboard."""
 
 import functools
 import gzip
@@ -19,15 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-BROWSER = shutil.which("chromium")
 ROOT = Path(__file__).resolve().parent.parent
 PHONE, TABLET, WIDE = (375, 812), (820, 1180), (1280, 900)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("site"),  # one build serves both
-    pytest.mark.skipif(
-        BROWSER is None and not os.environ.get("SLEEPLIB_TEST_BROWSER"), reason="needs chromium"
-    ),
+    pytest.mark.browser,
 ]
 
 # Whatever reaches beyond the right edge of the page, and is not inside a box that scrolls on its own.
@@ -46,15 +39,6 @@ TOO_WIDE = """() => {
 FORMULAS = """() => [...document.querySelectorAll('.bd-article mjx-container[display="true"]')]
   .filter((m) => m.scrollWidth <= m.clientWidth + 1).map((m) => m.getBoundingClientRect())
   .map((b) => [b.left, b.top + scrollY, b.right, b.bottom + scrollY])"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Slides: every piece is in its chapter, a page needs nothing else, and nothing runs over its edge."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "course"))
 import slides  # noqa: E402
 
-BROWSER = shutil.which("chromium")
 OVER = """() => [...document.querySelectorAll("section")].flatMap((s, i) =>
   [...s.querySelectorAll(".parts, .parts > div, .top")].some((e) =>
     e.scrollHeight > e.clientHeight + 2 || e.scrollWidth > e.clientWidth + 2) ? [i + 1] : [])"""
@@ -31,19 +29,20 @@ def test_a_page_needs_nothing_else(decks):
         assert not re.search(r"<mi>&amp;|<mi>&<|\\[a-z]+\{", page), "a formula was not understood"
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_nothing_runs_over_the_edge(decks):
-    from playwright.sync_api import sync_playwright
+@pytest.mark.browser
+def test_nothing_runs_over_the_edge(decks, chromium):
+    page = chromium.new_page(viewport={"width": 1280, "height": 720})
+    for path in decks:
+        page.goto(path.as_uri())
+        assert page.evaluate(OVER) == [], path.name
+        page.keyboard.press("End")
+        assert page.evaluate("now()") == page.evaluate("all.length") - 1
 
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 720})
-        for path in decks:
-            page.goto(path.as_uri())
-            assert page.evaluate(OVER) == [], path.name
-            page.keyboard.press("End")
-            assert page.evaluate("now()") == page.evaluate("all.length") - 1
-        browser.close()
+
+def test_the_guide_counts_the_pages(decks):
+    guide = (ROOT / "course" / "GUIDE.md").read_text()
+    for path in decks:
+        assert f"slides `{path.stem}`: {path.read_text().count('<section')} pages" in guide
 
 
 @pytest.mark.parametrize(

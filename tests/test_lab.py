@@ -59,7 +59,7 @@ def test_the_model_of_the_lab_is_that_of_sleeplib(trained, passes):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("site")
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.browser
 def test_the_lab_answers_in_a_browser_without_a_server(site):
     page = (site / "book" / "lab.html").resolve().as_uri()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
