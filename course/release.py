@@ -80,12 +80,12 @@ def judge(source, check, answer):
     except SystemExit as error:
         raise AssertionError("it tried to end the program") from error
 '''
-CASE = '''
+CASE = """
 
 @test_case(name={title!r}, points={points}, hidden=True)
 def {name}(env):
     judge({source!r}, {name!r}, env.get({exercise!r}))
-'''
+"""
 
 
 def markdown(text):

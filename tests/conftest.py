@@ -1,4 +1,4 @@
-"""Threads that wait do not spin, since tests share their cores; the built site and a browser for their tests."""
+"""Threads that wait do not spin, as tests share their cores; the built site, and a browser to look at it."""
 
 import os
 import shutil

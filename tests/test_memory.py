@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sleeplib as sl
-from sleeplib import device, flops, records, training
+from sleeplib import device, flops, records
 from sleeplib.kernels import jit
 
 GIB = 2**30

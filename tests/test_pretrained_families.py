@@ -18,8 +18,6 @@ INSERT = Insert(after=(0, 2), num_heads=2, key_size=4, value_size=8)
 WINDOW = 6
 
 
-
-
 def original(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

@@ -58,7 +58,9 @@ def test_what_does_not_exist_is_refused(convert):
         convert.inline("{doc}`there <nowhere>`")
     with pytest.raises(KeyError):
         convert.inline("{cite}`nobody1900nothing`")
-    assert convert.inline("{cite}`vaswani2017attention`").startswith("([Vaswani et al. 2017](https://arxiv.org/abs/")
+    assert convert.inline("{cite}`vaswani2017attention`").startswith(
+        "([Vaswani et al. 2017](https://arxiv.org/abs/"
+    )
 
 
 def test_terms_become_links_and_functions_become_code(convert):
