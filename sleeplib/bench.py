@@ -147,9 +147,10 @@ print(statistics.median(times[1:]), device.peak_bytes(torch.device("cpu")) / 2**
 def precisions(repeats, widths=(64, 256, 512)):
     """Time rule110-paper's step at batch 64 in each precision, in one process and in two side by side."""
     native = multiplies_bfloat16(torch.device("cpu"))
-    peak = matmul_peak(repeats, dtype=torch.bfloat16 if native else torch.float32)
-    kind = "bfloat16" if native else "float32 (this processor has no products in bfloat16)"
-    print(f"matrix product, 1024 cubed, {kind}: {peak / 1e9:.0f} GFLOP/s, one thread")
+    peaks = {kind: matmul_peak(repeats, dtype=getattr(torch, kind)) for kind in ("float32", "bfloat16")}
+    made = ", ".join(f"{kind} {peak / 1e9:.0f} GFLOP/s" for kind, peak in peaks.items())
+    print(f"matrix product, 1024 cubed, one thread: {made}")
+    peak = peaks["bfloat16" if native else "float32"]
     print("width  precision  processes  tokens/s each  of that peak  GiB each")
     for width in widths:
         e = experiments.get("rule110-paper").replace({"model.d_model": width, "train.batch": 64})

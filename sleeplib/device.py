@@ -98,8 +98,8 @@ def find_device(name):
 def multiplies_bfloat16(device):
     """Whether a device multiplies matrices in bfloat16 faster than in float32.
 
-    A GPU before Ampere and most CPUs only emulate such products. An x86 processor needs AMX: with AVX-512's
-    bfloat16 instructions alone, one core made 82 GFLOP/s where float32 made 143 (2048 x 512 x 1376).
+    A GPU before Ampere and most CPUs only emulate such products. An x86 processor needs AMX: AVX-512's
+    bfloat16 instructions alone were slower than float32 where we measured (``sleeplib bench`` prints both).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
