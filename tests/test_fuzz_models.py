@@ -6,7 +6,7 @@ import fuzz_models
 import pytest
 
 import sleeplib as sl
-from sleeplib import model
+from sleeplib import interface
 
 
 def test_every_call_is_right_or_refused_by_name():
@@ -20,7 +20,7 @@ def test_every_call_is_right_or_refused_by_name():
     "names, where, attribute, fault",
     [
         (["forward", "blocks"], sl.Sleepable, "check_state", lambda self, state, h: None),
-        (["forward", "sleep"], model, "token_tensor", lambda *args: None),
+        (["forward", "sleep"], interface, "token_tensor", lambda *args: None),
         (["readout"], sl.Sleepable, "check_h", lambda self, h: None),
     ],
     ids=["states are not checked", "tokens are not checked", "vectors are not checked"],
