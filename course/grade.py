@@ -241,7 +241,7 @@ def report(results, assignments, out, isolation):
     """Write marks.csv, with the marks by hand that are in it, and a feedback page for each submission."""
     used = [a for a in assignments.values() if any(r["assignment"] == a.name for r in results.values())]
     checks = [check.name for a in used for e in a.exercises.values() for check in e.hidden]
-    hand = [f"write-up {a.name} {label} (of {w.points})" for a in used for label, w in a.write_ups.items()]
+    hand = [feedback.column(a, label, w) for a in used for label, w in a.write_ups.items()]
     head = ["submission", "assignment", "status", "points", "out of", "seconds", "isolation", "note"]
     marked = by_hand(out / "marks.csv")
     text = io.StringIO()
@@ -255,7 +255,8 @@ def report(results, assignments, out, isolation):
         row = [name, *marks, isolation, result["why"], *(got.get(check, "") for check in checks)]
         kept = marked.get(plain(name), {})
         table.writerow([plain(x) for x in row] + [kept.get(column) or "" for column in hand])
-        write_atomically(out / "feedback" / f"{name}.html", feedback.page(name, result, assignments).encode())
+        page = feedback.page(name, result, assignments, kept)
+        write_atomically(out / "feedback" / f"{name}.html", page.encode())
     write_atomically(out / "marks.csv", text.getvalue().encode())
 
 

@@ -280,6 +280,8 @@ def test_marks_by_hand_outlive_another_run(tmp_path, delimiter, encoding):
         ("late", ""),
         ("müller", "3"),
     ]
+    pages = [(out / "feedback" / f"{name}.html").read_text() for name in ("adams", "müller")]
+    assert "person, of 4 points" in pages[0] and "person, <b>3</b> of 4 points" in pages[1]
     (out / "marks.csv").write_text("not a table")
     with pytest.raises(SystemExit, match="save it so, or move it away"):
         grade.grade(*run, say=print)

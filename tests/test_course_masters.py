@@ -84,9 +84,9 @@ def test_marks_are_what_the_master_says(source, name):
 def test_a_master_is_complete(source):
     assignment = read(source)
     text = "\n".join(c.source for c in assignment.notebook.cells if c.cell_type == "markdown")
-    head = r"^\*(★{1,3}) (?:easy|medium|hard)\. About (\d+) hours.*Measured: [\d.]+ minutes, [\d.]+ GB"
-    stars, hours = re.search(head, text, re.MULTILINE).groups()
-    row = rf"^\| {source.stem[1]} \|.*\| {hours} h \| {stars} \|"
+    head = r"^\*(★{1,3}) (?:easy|medium|hard)\. About (\d+) hours.*Measured: ([\d.]+) minutes, [\d.]+ GB"
+    stars, hours, minutes = re.search(head, text, re.MULTILINE).groups()
+    row = rf"^\| {source.stem[1]} \|.*\| {hours} h \| {stars} \| {minutes} minutes"
     assert re.search(row, (ROOT / "course" / "GUIDE.md").read_text(), re.MULTILINE)
     assert "After this assignment you can" in text and "You need" in text
     assert text.count("{admonition} Hint") >= len(assignment.exercises)
