@@ -32,8 +32,13 @@ def table(checks):
     return f"<table><tr><th>what was checked</th><th>points</th><th>what was found</th></tr>{rows}</table>"
 
 
-def page(name, result, assignments):
-    """The page of one submission."""
+def column(assignment, label, write_up):
+    """The head of a write-up's column in the table."""
+    return f"write-up {assignment.name} {label} (of {write_up.points})"
+
+
+def page(name, result, assignments, marked=None):
+    """The page of one submission; `marked` is column -> mark for what a person has marked already."""
     assignment = assignments.get(result["assignment"])
     title = f"{assignment.title}: {name}" if assignment else name
     body = [f"<h1>{escape(title)}</h1>"]
@@ -51,8 +56,10 @@ def page(name, result, assignments):
         body.append(f"<h2>Cells that stopped with an error</h2><ul>{lines}</ul>")
     for label, text in result["written"].items():
         write_up = assignment.write_ups[label]
+        mark = (marked or {}).get(column(assignment, label, write_up))
+        points = f"<b>{escape(mark)}</b> of {write_up.points}" if mark else f"of {write_up.points}"
         body.append(
-            f"<h2>Write-up: {escape(label)}</h2><p>Marked by a person, of {write_up.points} points:</p>"
+            f"<h2>Write-up: {escape(label)}</h2><p>Marked by a person, {points} points:</p>"
             f"<pre>{escape(write_up.rubric)}</pre>"
             f"<h3>Your answer</h3><pre>{escape(text) or '(nothing was found)'}</pre>"
         )

@@ -168,6 +168,7 @@ def grade(folder, out, seed, assignments, jobs=2, say=print):
         raise SystemExit(f"SUBMISSIONS: there is no .ipynb below {folder}")
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = exclusive(out)
+    by_hand(out / "marks.csv")  # now, and not after an hour, say if it cannot be read
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     isolation = runner.isolation()
     results, waiting, running, begin = {}, [], {}, time.monotonic()
@@ -217,12 +218,32 @@ def grade(folder, out, seed, assignments, jobs=2, say=print):
     return results
 
 
+def by_hand(path):
+    """The marks that a person has put into the table: submission -> write-up column -> mark."""
+    try:
+        text = path.read_text(
+            "utf-8-sig"
+        )  # spreadsheets put a mark in front, and semicolons in some countries
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError:
+        text = ""
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    if "submission" not in (table.fieldnames or []):
+        raise SystemExit(f"{path}: no table in UTF-8 with a column `submission`; save it so, or move it away")
+    return {
+        row["submission"]: {k: v for k, v in row.items() if k and k.startswith("write-up ")} for row in table
+    }
+
+
 def report(results, assignments, out, isolation):
-    """Write marks.csv and a feedback page for each submission."""
+    """Write marks.csv, with the marks by hand that are in it, and a feedback page for each submission."""
     used = [a for a in assignments.values() if any(r["assignment"] == a.name for r in results.values())]
     checks = [check.name for a in used for e in a.exercises.values() for check in e.hidden]
-    hand = [f"write-up {a.name} {label} (of {w.points})" for a in used for label, w in a.write_ups.items()]
+    hand = [feedback.column(a, label, w) for a in used for label, w in a.write_ups.items()]
     head = ["submission", "assignment", "status", "points", "out of", "seconds", "isolation", "note"]
+    marked = by_hand(out / "marks.csv")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*head, *checks, *hand])
@@ -232,8 +253,10 @@ def report(results, assignments, out, isolation):
         if result["status"] != "graded":
             marks[2:4] = "", ""
         row = [name, *marks, isolation, result["why"], *(got.get(check, "") for check in checks)]
-        table.writerow([plain(x) for x in row] + [""] * len(hand))
-        write_atomically(out / "feedback" / f"{name}.html", feedback.page(name, result, assignments).encode())
+        kept = marked.get(plain(name), {})
+        table.writerow([plain(x) for x in row] + [kept.get(column) or "" for column in hand])
+        page = feedback.page(name, result, assignments, kept)
+        write_atomically(out / "feedback" / f"{name}.html", page.encode())
     write_atomically(out / "marks.csv", text.getvalue().encode())
 
 

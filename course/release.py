@@ -50,7 +50,7 @@ README = """\
 
 On your own computer: Python 3.11 or newer, then
 
-    python -m pip install jupyterlab numpy torch matplotlib "git+{url}@{branch}"
+    python -m pip install jupyterlab numpy torch{library}
     python -m jupyterlab
 
 The notebook says how it is graded. The book is at {url}
@@ -173,8 +173,11 @@ def leaks(data, private):
 def student_zip(assignment, notebook, private):
     """The bytes of one assignment's zip.  A ValueError if a line of `private` is in it."""
     buffer = io.BytesIO()
+    needed = any(IMPORTS.search(cell.source) for cell in notebook.cells if cell.cell_type == "code")
+    library = ' "git+{url}@{branch}"'.format(**REPOSITORY) if needed else ""
+    readme = README.format(name=assignment.name, title=assignment.title, library=library, **REPOSITORY)
     files = {
-        "README.txt": README.format(name=assignment.name, title=assignment.title, **REPOSITORY),
+        f"{assignment.name}-README.txt": readme,  # a name of its own: zips are unpacked side by side
         f"{assignment.name}.ipynb": nbformat.writes(notebook),
     }
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -72,11 +72,12 @@ def shown(library):
     """Files and folders that a submission may read beside the system's; `library`: sleeplib among them."""
     paths = [str(COURSE / name) for name in ("child.py", "wire.py")]
     paths += [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parent)]
+    paths += [str(Path(sys.prefix).resolve())]  # .venv may be a link to a larger disk
     if library:
         paths += [str(LIBRARY)]
         if (LIBRARY.parent / "pyproject.toml").exists():  # a checkout
             paths += [str(LIBRARY.parent / name) for name in ("data", "pyproject.toml")]
-    return [path for path in paths if not path.startswith("/usr/")]
+    return [path for path in dict.fromkeys(paths) if not path.startswith("/usr/")]
 
 
 def readable(path):

@@ -258,6 +258,36 @@ def test_a_failure_of_the_grader_is_no_mark_and_is_tried_again(tmp_path, monkeyp
     assert grade.grade(*run, say=print)["s000"]["points"] == 4
 
 
+@pytest.mark.parametrize(("delimiter", "encoding"), [(",", "utf-8"), (";", "utf-8-sig")])
+def test_marks_by_hand_outlive_another_run(tmp_path, delimiter, encoding):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("adams", "müller"):
+        (folder / f"{name}.ipynb").write_text(notebook(IMPORT, STUB))
+    (tmp_path / "a0_means.md").write_text(MASTER)
+    run = [folder, out, SEED, {"a0_means": masters.read(tmp_path / "a0_means.md")}]
+    grade.grade(*run, say=print)
+    rows = list(csv.reader((out / "marks.csv").open(encoding="utf-8")))
+    column = rows[0].index("write-up a0_means why (of 4)")
+    rows[2][column] = "3"
+    with open(out / "marks.csv", "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    (folder / "late.ipynb").write_text(notebook(IMPORT, STUB))
+    grade.grade(*run, say=print)
+    found = list(csv.DictReader((out / "marks.csv").open(encoding="utf-8")))
+    assert [(r["submission"], r[rows[0][column]]) for r in found] == [
+        ("adams", ""),
+        ("late", ""),
+        ("müller", "3"),
+    ]
+    pages = [(out / "feedback" / f"{name}.html").read_text() for name in ("adams", "müller")]
+    assert "person, of 4 points" in pages[0] and "person, <b>3</b> of 4 points" in pages[1]
+    (out / "marks.csv").write_text("not a table")
+    with pytest.raises(SystemExit, match="save it so, or move it away"):
+        grade.grade(*run, say=print)
+    assert (out / "marks.csv").read_text() == "not a table"
+
+
 def test_real_assignments_score_the_same_in_isolation(tmp_path):
     """Handouts filled with the solutions, left as they are, and with a mistake in every exercise."""
     first = [path for path in masters.sources() if path.stem < "a4"]  # the others need minutes

@@ -1,6 +1,7 @@
 """A student's process: what it can reach, how it is ended, and what may pass between it and the grader."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,23 @@ def test_there_is_no_network_and_no_other_file(tmp_path):
                 pupil.answer("regain")()
     finally:
         pupil.stop()
+
+
+@full
+def test_the_environment_may_be_a_link(tmp_path):
+    linked = tmp_path / ".venv"
+    linked.symlink_to(sys.prefix, target_is_directory=True)
+    code = (
+        "import runner\n"
+        "limits = dict(sleeplib=False, call=5, total=30, memory=256)\n"
+        "pupil = runner.Pupil([], ['def f(): return 7'], limits)\n"
+        "try: print(pupil.answer('f')(), runner.readable('secret'))\n"
+        "finally: pupil.stop()\n"
+    )
+    places = os.pathsep.join([str(ROOT / "course"), str(ROOT)])
+    command = [linked / "bin" / Path(sys.executable).name, "-c", code]
+    options = dict(env=os.environ | {"PYTHONPATH": places}, cwd=tmp_path, text=True)
+    assert subprocess.check_output(command, **options) == "7 False\n"
 
 
 def test_functions_go_over_as_calls_back(monkeypatch):

@@ -84,9 +84,9 @@ def test_marks_are_what_the_master_says(source, name):
 def test_a_master_is_complete(source):
     assignment = read(source)
     text = "\n".join(c.source for c in assignment.notebook.cells if c.cell_type == "markdown")
-    head = r"^\*(★{1,3}) (?:easy|medium|hard)\. About (\d+) hours.*Measured: [\d.]+ minutes, [\d.]+ GB"
-    stars, hours = re.search(head, text, re.MULTILINE).groups()
-    row = rf"^\| {source.stem[1]} \|.*\| {hours} h \| {stars} \|"
+    head = r"^\*(★{1,3}) (?:easy|medium|hard)\. About (\d+) hours.*Measured: ([\d.]+) minutes, [\d.]+ GB"
+    stars, hours, minutes = re.search(head, text, re.MULTILINE).groups()
+    row = rf"^\| {source.stem[1]} \|.*\| {hours} h \| {stars} \| {minutes} minutes"
     assert re.search(row, (ROOT / "course" / "GUIDE.md").read_text(), re.MULTILINE)
     assert "After this assignment you can" in text and "You need" in text
     assert text.count("{admonition} Hint") >= len(assignment.exercises)
@@ -119,6 +119,31 @@ def test_another_seed_asks_for_other_things(source, name):
         assert asked.setdefault(seed, calls) == calls
     one, other = asked.values()
     assert one != other or not one  # a hand-in is asked for nothing
+
+
+def handout_function(stem, name):
+    """A function that the cells for students define, beside those of `exercise-setup`."""
+    assignment = load(next(s for s in sources() if s.stem == stem))
+    namespace = assignment.setup
+    cell = next(c for c in assignment.notebook.cells if c.source.startswith(f"def {name}("))
+    parser.define(cell.source.split("\n\n\n")[0], namespace, name)
+    return namespace[name]
+
+
+def test_the_table_of_open_questions_is_what_the_named_records_say(tmp_path):
+    claim = handout_function("a6_capstone", "claim")
+    text = next(s for s in sources() if s.stem == "a6_capstone").read_text()
+    for arms, seeds, said in (
+        ((("rule110-rival-state-8e-3", 1), ("rule110-rival-state-4e-3", 4)), (3, 4, 5), "was 0.38 ± 0.17"),
+        ((("rule110-ablation-hebbian", 1), ("rule110-ablation-hebbian", 4)), (0, 1, 2), "is 0.16 ± 0.32"),
+        ((("rule110-truncate-1", 4), ("rule110-quick", 4)), (0, 1, 2), "lost 0.15 ± 0.10"),
+    ):
+        found = claim("", *arms, seeds=seeds)
+        assert said in text and said.endswith(f"{found['mean']:.2f} ± {found['half']:.2f}")
+        assert all(f"`{preset}`" in text for preset, _ in arms)
+        assert claim("", *arms, seeds=seeds, folder=tmp_path) == found  # no record of one's own
+    with pytest.raises(AssertionError, match=r"no finished run of .*-4e-3 at N = 1 on seeds \[3\]"):
+        claim("", ("rule110-rival-state-4e-3", 1), seeds=(0, 3))
 
 
 def test_names_are_unique_over_all_assignments():

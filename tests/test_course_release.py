@@ -65,7 +65,10 @@ def test_the_zip_has_nothing_private_and_nothing_of_otter(source, convert, priva
     data = release.student_zip(assignment, release.handout(assignment, convert), private)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         text = "".join(archive.read(name).decode() for name in archive.namelist())
-        assert sorted(archive.namelist()) == sorted([f"{source.stem}.ipynb", "README.txt"])
+        assert sorted(archive.namelist()) == sorted([f"{source.stem}.ipynb", f"{source.stem}-README.txt"])
+        readme = archive.read(f"{source.stem}-README.txt").decode()
+        installs = "Run me first" in archive.read(f"{source.stem}.ipynb").decode()
+        assert ("git+" in readme) == installs
     for word in ("_solution", "_mistake", "def hidden_", "exemplar", "otter"):
         assert word not in text, word
     for exercise in assignment.exercises.values():
