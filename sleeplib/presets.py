@@ -260,6 +260,9 @@ for arm, (settings, about) in taught.items():
         changed = dataclasses.replace(train, muon_lr=float(rate), **settings)
         parts = dict(passes=(1, 4), seeds=(0, 1, 2, 3) if rate in best.get(arm, "").split() else (0,))
         _add(name, task, changed, f"learning to sleep: {about}; Muon's rate {rate}", **parts, **small)
+name, parts = "gsm_infinite-taught-scratch-1.6e-2", dict(passes=(1,), seeds=(1, 2, 3))
+about = f"{name} without sleep, run on for the training FLOPs of N = 4"
+_vary(name, f"{name}-long", {"train.steps": 2007, "train.decay": 669}, about, **parts)
 
 # The paper's third experiment, on the models that it takes.  How long it trains, the paper does not say.
 ouro, jet, qwen = "ByteDance/Ouro-1.4B", "jet-ai/Jet-Nemotron-2B", "Qwen/Qwen3.5-0.8B"
