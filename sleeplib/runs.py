@@ -108,8 +108,7 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     # Tries are for one process: where weights lie in parts, a call waits for all.
     probe = trainer.probe if trainer.device.type == "cpu" and not trainer.sharded else None
     with cpu.chosen(threads or found.get("threads"), probe) as choice:
-        writes = trainer.rank == 0 or trainer.sharded
-        save = partial(save_checkpoint, trainer, checkpoint) if writes else None
+        save = partial(save_checkpoint, trainer, checkpoint)
         status = trainer.run(stop_after, save, progress, choice.step_took)
         record = make_record(trainer, status, command, *commit)
     done = record["status"] == "done"

@@ -89,14 +89,16 @@ class Trainer:
             raise ValueError(f"model.vocab_size is {found}; the task has {task.vocab_size} tokens")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            self.model = experiment.model.build().to(self.device)
+            self.model = experiment.model.build()
         if train.start is not None:
             start_from(self.model, train.start.replace("{seed}", str(self.seed)))
         self.sharded = train.shard and self.world > 1
         if self.sharded:
             if self.device.type == "cpu":  # a loop reads weights where they are: they could not be let go of
                 use_numba(False)
-            processes.shard(self.model)
+            processes.shard(self.model, self.device)
+        else:
+            self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
@@ -279,10 +281,12 @@ class Trainer:
         return now
 
     def whole_model(self):
-        """The model; where it lies in parts, a new one, for which all processes must ask."""
+        """The model; where it lies in parts, a new one on the CPU, or None: all ask, the first gets it."""
         if not self.sharded:
             return self.model
-        weights = {k: processes.whole(v) for k, v in self.model.state_dict().items()}
+        weights = processes.gathered(self.model.state_dict())
+        if self.rank > 0:
+            return None
         model = self.experiment.model.build()
         model.load_state_dict(weights)
         return model
@@ -293,15 +297,17 @@ class Trainer:
         return own | dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
 
     def snapshot(self):
-        """Everything that a later call needs to go on to the bit: tensors by name, and plain notes."""
-        tensors = {f"model.{k}": processes.whole(v) for k, v in self.model.state_dict().items()}
+        """Everything that a later call needs to go on to the bit: tensors by name, and plain notes.
+
+        Of several processes all must ask; tensors are what :func:`gathered` gives each.
+        """
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"losses": self.losses}
         for number, optimizer in enumerate(self.optimizers):
             for index, slots in optimizer.state_dict()["state"].items():
-                found = {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
-                tensors |= {name: processes.whole(v) for name, v in found.items()}
+                tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
         notes = dict(run=self.identity(), threads=torch.get_num_threads(), step=self.step, curve=self.curve)
         notes |= dict(seconds=self.seconds, peak_bytes=self.peak_bytes, micro_batches=self.micro_batches)
-        return tensors | {"losses": self.losses}, notes
+        return processes.gathered(tensors), notes
 
     def restore(self, tensors, notes):
         """Go on where a :meth:`snapshot` was taken; ValueError, with nothing changed, if it does not fit."""

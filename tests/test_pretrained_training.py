@@ -160,28 +160,38 @@ def train_in_parts(root):
     sources = {"llama-tied": str(root / "llama-tied")}
     trainer = Trainer(experiment(sources, **SHARDED), 2, 0, device="cpu")
     loss = trainer.forward_backward(trainer.next_batch())
-    gradients = {
-        k: processes.whole(p.grad) for k, p in trainer.model.named_parameters() if p.grad is not None
-    }
-    whole = trainer.whole_model()
-    for k, p in whole.named_parameters():
-        p.grad = gradients[k].clone() if k in gradients else None
-    for optimizer in (*trainer.optimizers, *make_optimizers(whole, TRAIN)):
+    learned = [(k, p) for k, p in trainer.model.named_parameters() if p.grad is not None]
+    gradients, whole = processes.gathered({k: p.grad for k, p in learned}), trainer.whole_model()
+    for optimizer in trainer.optimizers:
         optimizer.step()
-    for k, v in trainer.whole_model().state_dict().items():
-        assert torch.allclose(v, whole.state_dict()[k], atol=1e-6), k
+    after = trainer.whole_model()
+    if trainer.rank > 0:  # what is whole is at the first process alone
+        assert gradients == {} and whole is after is None and trainer.snapshot()[0] == {}
+    else:
+        for k, p in whole.named_parameters():
+            p.grad = gradients[k].clone() if k in gradients else None
+        for optimizer in make_optimizers(whole, TRAIN):
+            optimizer.step()
+        for k, v in after.state_dict().items():
+            assert torch.allclose(v, whole.state_dict()[k], atol=1e-6), k
+        assert trainer.snapshot()[0].keys() > {f"model.{k}" for k in after.state_dict()}
     trainer = Trainer(experiment(sources, **SHARDED), 2, 0, device="cpu")
     for i in range(3):
         if i == 1:
             checkpoints.save_checkpoint(trainer, root / "one.safetensors")
         trainer.train_step()
-    after = trainer.whole_model().state_dict()
+    after = processes.gathered(trainer.model.state_dict())
     torch.distributed.barrier()
     checkpoints.load_checkpoint(trainer, root / "one.safetensors")
+    for slot in (
+        x for o in trainer.optimizers for slots in o.state.values() for x in slots.values() if x.ndim
+    ):
+        assert slot.to_local().untyped_storage().nbytes() == slot.to_local().nbytes < slot.nbytes
     for _ in range(2):
         trainer.train_step()
-    for k, v in trainer.whole_model().state_dict().items():
-        assert torch.equal(v, after[k]), k
+    again = processes.gathered(trainer.model.state_dict())
+    for k in after:
+        assert torch.equal(again[k], after[k]), k
     part = sum(p.to_local().numel() for p in trainer.model.parameters())
     if trainer.rank == 0:
         torch.save((part, float(loss), gradients), root / "whole.pt")
