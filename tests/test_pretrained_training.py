@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sleeplib.training import Trainer
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sleeplib.pretrained import Insert, LoRA, PretrainedConfig, load
+from sleeplib.pretrained import Insert, LoRA, PretrainedConfig, load, save
 
 TASK = sl.tasks.Rule110(width=8, strings=2, steps=1)
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)
@@ -131,6 +132,23 @@ def test_memory_is_predicted_without_weights(sources, tmp_path):
     assert predicted[LoRA(2, 4)] < predicted[None] - 6 * numbers
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_a_saved_folder_is_counted_and_built_with_the_settings_it_was_saved_with(sources, tmp_path, base):
+    recipe = experiment(sources, "llama-tied", LoRA(2, 4))
+    model = recipe.model.build()
+    save(model, tmp_path / "saved", base=base)
+    saved = dataclasses.replace(recipe, model=PretrainedConfig(str(tmp_path / "saved"), TASK.vocab_size))
+    counted, built = saved.model.on_meta(), saved.model.build()
+    for other in (counted, built):
+        assert (other.loop, other.insert, other.lora) == (model.loop, INSERT, LoRA(2, 4))
+        shapes = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+        assert shapes == {k: (v.shape, v.dtype) for k, v in other.state_dict().items()}
+    assert 0 < sl.flops.training_bytes(saved, 2) <= sl.flops.training_bytes(recipe, 2)
+    for make in ("on_meta", "build"):
+        with pytest.raises(ValueError, match="^loop: .* was saved with settings of its own"):
+            getattr(dataclasses.replace(saved.model, loop=(1, 2)), make)()
+
+
 def test_the_small_preset_runs_on_any_checkpoint_of_its_family(tmp_path):
     """On a tiny one with weights in bfloat16 here: what is learned is low-rank differences in float32."""
     original = tiny_original("qwen3_5", vocab_size=260, pad_token_id=257, eos_token_id=256)
@@ -143,7 +161,12 @@ def test_the_small_preset_runs_on_any_checkpoint_of_its_family(tmp_path):
     recipe = sl.experiments.get("gsm-qwen-small").replace(settings | {"train.warmup": 0, "train.decay": 0})
     record = sl.run(recipe, 2, device="cpu", out=tmp_path / "out", threads=1)
     assert record["status"] == "done" and record["chance"].keys() <= record["final"].keys()
-    assert record["tokens"] == 2 * 2 * 912 and "--set model.dtype=bfloat16" in record["command"]
+    assert record["tokens"] == 2 * 2 * 912
+    words = shlex.split(record["command"])
+    changes = [word for before, word in zip(words, words[1:]) if before == "--set"]
+    assert "model.dtype=bfloat16" in changes
+    again = sl.experiments.get("gsm-qwen-small").replace(dict(x.split("=", 1) for x in changes))
+    assert again == recipe
 
 
 def test_a_vocabulary_of_another_size_is_refused(sources):
