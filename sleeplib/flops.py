@@ -181,7 +181,7 @@ def _followed(task, config, passes, batch, precision, checkpoint, eviction, worl
     awake = awake_chunks(one.labels, task.window)
     inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
     options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
-    return followed_bytes(model.to("meta"), inputs, labels, awake, precision, **options) + _own(model, world)
+    return followed_bytes(model, inputs, labels, awake, precision, **options) + _own(model, world)
 
 
 def _own(model, world):
@@ -308,9 +308,9 @@ class _AsOnCuda(TorchFunctionMode):
 def _fresh(task, config, backend="reference", numbers=True):
     """A new model, and one sequence; the global random state stays as it was.
 
-    Without `numbers` a pretrained model is made of its settings alone.
+    Without `numbers` it is made of its settings alone, on device "meta".
     """
     with torch.random.fork_rng(devices=[]):
         config = dataclasses.replace(config, backend=backend)
-        model = config.build() if numbers or not hasattr(config, "on_meta") else config.on_meta()
+        model = config.build() if numbers else config.on_meta()
     return model, task.batch(1, np.random.default_rng(0))

@@ -17,7 +17,7 @@ from .algorithm import awake_chunks, sleep_forward
 from .checks import integer
 from .evaluation import evaluate, held_out
 from .experiments import get
-from .finetune import choose_trained, fast_parameters, start_from
+from .finetune import start_from
 from .flops import fitting_parts
 from .kernels import use_numba
 from .optimizers import SLOTS, make_optimizers, schedule
@@ -115,6 +115,7 @@ class Trainer:
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
         self.graph = self.captured = None  # a captured step, and its eviction and what it trains
         self.in_step, self.trains = processes.in_step(self.model, self.loss), "all"
+        self.frozen = []  # parameters whose gradient is thrown away
 
     def fitting_parts(self):
         """In how many parts a batch is read where nobody says: the same in all processes."""
@@ -131,8 +132,10 @@ class Trainer:
         batch = self.next_batch()
         if self.trains != train.trains_at(self.step):
             self.trains = train.trains_at(self.step)
-            if not self.sharded:
-                choose_trained(self.model, self.trains)
+            if self.sharded:  # which weights get a gradient is fixed once: later it is thrown away
+                self.frozen = self.rest() if self.trains == "fast" else []
+            else:
+                self.model.learn(self.trains)
             self.in_step = processes.in_step(self.model, self.loss)
         with self.diverging():
             loss = self.forward_backward(batch)
@@ -144,6 +147,11 @@ class Trainer:
         self.step += 1
         if measure and (self.step % train.eval_every == 0 or self.step == train.steps):
             self.measure()
+
+    def rest(self):
+        """The parameters that a step of "fast" leaves alone."""
+        fast = set(map(id, self.model.fast_parameters()))
+        return [p for p in self.model.parameters() if id(p) not in fast]
 
     def next_batch(self):
         """What :func:`training_batch` draws for the step in hand, ahead of time where there are workers."""
@@ -177,10 +185,8 @@ class Trainer:
                 loss = self.in_step(inputs.to(self.device), labels.to(self.device)) * share
                 (loss * self.world).backward()  # gradients become means over processes
             total = total + loss.detach()
-        if self.sharded and self.trains == "fast":  # which weights get a gradient is fixed once in parts
-            fast = set(map(id, fast_parameters(self.model)))
-            for p in self.model.parameters():
-                p.grad = p.grad if id(p) in fast else None
+        for p in self.frozen:
+            p.grad = None
         return processes.summed(total)
 
     def loss(self, inputs, labels):
@@ -320,10 +326,10 @@ class Trainer:
         wanted = {k: v.shape for k, v in model.items()} | {"losses": (2,)}
         states = [{}, {}]
         frozen = sum(self.experiment.train.trains_at(i) == "fast" for i in range(step))
-        always, counts = set(map(id, fast_parameters(self.model))), {}
+        later, counts = set(map(id, self.rest())), {}
         for number, optimizer in enumerate(self.optimizers):
             for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                if not (count := step if id(p) in always else step - frozen):
+                if not (count := step - frozen if id(p) in later else step):
                     continue
                 counts[f"optimizer.{number}.{i}.step"] = count
                 names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}
