@@ -155,7 +155,7 @@ def test_the_first_third_trains_the_fast_weight_layers_alone():
             moved = not torch.equal(p, before[name])
             if step < 2 and id(p) not in always:
                 assert not moved, name
-            elif "norm" not in name and step > 2:
+            elif step not in (0, 2):  # what stands behind a matrix of zeros moves a step later
                 assert moved, name
 
 

@@ -122,6 +122,16 @@ def test_processes_that_share_weights_hold_a_part_and_what_is_put_together():
     assert one - two == 8 * numbers - 8 * outer - 16 * block
 
 
+@pytest.mark.parametrize("name", ["rule110-quick", "recall-ablation-recent8", "rule110-rival-ttt-2e-3"])
+def test_a_model_without_numbers_has_every_shape(name):
+    config = sl.experiments.get(name).model
+    made, bare = (model.state_dict() for model in (config.build(), config.on_meta()))
+    assert {x.device.type for x in bare.values()} == {"meta"}
+    assert {k: (x.shape, x.dtype) for k, x in bare.items()} == {
+        k: (x.shape, x.dtype) for k, x in made.items()
+    }
+
+
 def test_a_gpu_is_asked_what_is_free_and_a_cpu_is_not():
     trainer = sl.Trainer("rule110-quick", 1, 0, "cpu")
     assert trainer.micro_batches == 1
