@@ -134,6 +134,12 @@ def training_bytes(experiment, passes, batch=None, precision=None, world=1):
     ValueError
         If an argument does not fit.
 
+    Notes
+    -----
+    This decides how a batch is divided, and errs on the safe side: gradients are counted twice, and 12 of the
+    16 bytes would do for what Muon moves.  :func:`step_bytes`, for tables of what pretrained models cost,
+    counts them as they are.
+
     Chapter: 10_training
     """
     experiment = get(experiment)

@@ -16,7 +16,7 @@ import torch
 from tiny_pretrained import byte_tokenizer, tiny_original
 
 import sleeplib as sl
-from sleeplib import checkpoints, processes
+from sleeplib import budget, checkpoints, processes
 from sleeplib.experiments import Experiment, TrainConfig
 from sleeplib.optimizers import make_optimizers
 from sleeplib.training import Trainer
@@ -127,6 +127,9 @@ def test_memory_is_predicted_without_weights(sources, tmp_path):
         (folder / "model.safetensors").unlink()
         model = dataclasses.replace(recipe.model, source=str(folder))
         predicted[lora] = sl.flops.training_bytes(dataclasses.replace(recipe, model=model), 2)
+        reading = budget.Reading.of(TASK)
+        counted = budget.step_bytes(model.on_meta(), recipe.train, reading, 2, recipe.train.batch)
+        assert 0.8 * predicted[lora] < counted <= predicted[lora]  # gradients counted once, and twice
     numbers = sum(p.numel() for p in recipe.model.on_meta().original_parameters())
     assert predicted[None] > 16 * numbers
     assert predicted[LoRA(2, 4)] < predicted[None] - 6 * numbers
