@@ -164,6 +164,27 @@ def test_a_model_that_is_to_lie_in_parts_does_not_lie_whole_on_the_device_first(
     assert start["status"] == "done" and trainer.device == meta and seen == [(meta, {"cpu"})]
 
 
+@pytest.mark.parametrize("rows", [1, 5, 7, 8])
+@pytest.mark.parametrize("rank", [0, 2, 3])
+def test_the_part_of_a_whole_tensor_is_what_was_kept_of_a_weight(rows, rank):
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # processes that are not there
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(3, rows)])
+    model.embed = model.readout = lambda x: x
+    whole = {k: p.detach().clone() for k, p in model.named_parameters()}
+    torch.distributed.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        processes.shard(model, torch.device("cpu"))
+        for name, p in model.named_parameters():
+            part, kept = processes.part(whole[name], p), p.to_local()
+            assert part.shape == p.shape == whole[name].shape and torch.equal(part.to_local(), kept)
+            assert part.to_local().untyped_storage().nbytes() == kept.nbytes
+        assert kept.numel() < rows or rows == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_process_without_a_gpu_says_so(monkeypatch):
     for name, value in dict(LOCAL_RANK=2, RANK=2, WORLD_SIZE=3, TORCHELASTIC_RUN_ID="x").items():
         monkeypatch.setenv(name, str(value))

@@ -276,9 +276,8 @@ def save(model, folder, *, base=True):
 
     Chapter: 16_pretrained
     """
-    folder, source = Path(folder), getattr(model, "source", None)
-    lora, tokenizer = getattr(model, "lora", None), getattr(model, "tokenizer", None)
-    if not base and source is None:
+    folder, lora = Path(folder), model.lora
+    if not base and model.source is None:
         raise ValueError("base: nobody knows where the original came from; save it too, with base=True")
     if not base and any(p.requires_grad for p in model.original_parameters()):
         raise ValueError("base: the original's weights may have been trained; save them too, with base=True")
@@ -288,11 +287,11 @@ def save(model, folder, *, base=True):
         if base:
             weights = without_lora(model.original.state_dict())
             model.original.save_pretrained(part, state_dict=weights)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(part)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(part)
         added = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if model.is_added(k)}
         save_file(added, part / OWN_WEIGHTS)
-        notes = model.settings() | dict(lora=lora and vars(lora), base=None if base else source)
+        notes = model.settings() | dict(lora=lora and vars(lora), base=None if base else model.source)
         write_atomically(part / OWN, json.dumps(notes, indent=1).encode())
         folder.mkdir(exist_ok=True)
         for file in sorted(part.iterdir(), key=lambda file: file.name == OWN):  # the settings last
