@@ -95,12 +95,11 @@ def weight_bytes(model, train):
 
 
 def carried_bytes(model):
-    """Bytes that survive eviction, for one sequence: its fast weights, in float32.
+    """Bytes that survive eviction, for one sequence: its fast weights.
 
     Chapter: 16_pretrained
     """
-    shapes = [block.fast_shape for block in model.layers if block.fast_shape]
-    return 4 * sum(H * K * V for H, K, V in shapes)
+    return sum(S.nbytes for S in model.initial_state(1).fast_weights if S is not None)
 
 
 def cached_bytes(model, tokens):
@@ -124,6 +123,10 @@ def step_bytes(model, train, reading, passes, batch=1):
     The step is followed on device "meta", as :func:`training_bytes` does it, each gradient dropped as soon as
     it is made: what is alive then grows in a line with the windows.  To that come :func:`weight_bytes`, in
     which all gradients are.
+
+    This is for a table of costs: what each optimizer keeps is counted, and each gradient once.  What divides
+    a batch is :func:`training_bytes`: of an experiment, with 16 bytes for every number that learns, and
+    gradients counted once more as they come to be.  So that is the larger, to be on the safe side.
 
     Chapter: 16_pretrained
     """

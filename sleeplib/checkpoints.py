@@ -15,10 +15,7 @@ BLANK = b"?" * 64  # stands for the digest while it is taken
 
 
 def save_checkpoint(trainer, path):
-    """Write everything that a later call needs to go on to the bit; the first process writes.
-
-    Where weights lie in parts at several processes, all must call this.
-    """
+    """Write everything that a later call needs to go on to the bit: all processes call, the first writes."""
     tensors, notes = trainer.snapshot()
     if trainer.rank > 0:
         return

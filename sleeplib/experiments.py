@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import re
+import types
 import typing
 from dataclasses import dataclass, field
 
@@ -189,7 +190,7 @@ class Experiment:
         new = self.config()
         known = PRESETS | PRETRAINED
         old = known[self.name].config() if self.name in known else new
-        pairs = [(part, key, new[part].get(key)) for part in new for key in old[part] | new[part]]
+        pairs = [(part, key, (LATER | new[part]).get(key)) for part in new for key in old[part] | new[part]]
         changed = [(part, key, value) for part, key, value in pairs if value != old[part].get(key)]
         return [f"{p}.{k}={v if isinstance(v, str) else json.dumps(v)}" for p, k, v in changed]
 
@@ -234,23 +235,45 @@ def _task_fields(task):
 
 
 def _read(key, value, hint):
-    """Read a setting's text as its field's type."""
-    allowed, kind = typing.get_args(hint) or (hint,), getattr(hint, "__name__", hint)
+    """Read a setting, a text or plain data as a record keeps it, as its field's type."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    allowed, kind = typing.get_args(hint) if union else (hint,), getattr(hint, "__name__", hint)
+    plain = tuple(typing.get_origin(t) or t for t in allowed)
     if isinstance(value, str) and hint is not str:
         text = {"True": "true", "False": "false", "None": "null"}.get(value, value)
         try:
-            value = json.loads(text.translate(str.maketrans("()", "[]")))
+            found = json.loads(text if text[:1] == "{" else text.translate(str.maketrans("()", "[]")))
         except ValueError:
             if str not in allowed:
                 raise ValueError(f"{key}: cannot read {value!r} as {kind}") from None
+            found = value
+        if str not in allowed or isinstance(found, (*plain, list, dict)):  # "123" is a word where one may be
+            value = found
+    value = _made(key, value, kind, allowed) if isinstance(value, dict) else value
     value = value.item() if isinstance(value, np.generic) else value
     value = tuple(value) if isinstance(value, list) else value
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    plain = tuple(typing.get_origin(t) or t for t in allowed)
     if isinstance(value, bool) and bool not in plain or not isinstance(value, plain):
         raise ValueError(f"{key}: wants {kind}; got {value!r}")
     return value
+
+
+def _made(key, fields, hint, kinds):
+    """Make what is itself a dataclass, such as a task within a task, from its fields."""
+    name = fields.get("kind")
+    if name is not None and name not in TASKS:
+        raise ValueError(f"{key}: {name} is no task of sleeplib; there are {', '.join(TASKS)}")
+    kind = TASKS[name] if name else next(filter(dataclasses.is_dataclass, kinds), None)
+    if kind is None:
+        raise ValueError(f"{key}: wants {hint}; got {fields!r}")
+    fields, hints = {k: v for k, v in fields.items() if k != "kind"}, typing.get_type_hints(kind)
+    if odd := sorted(fields.keys() - hints.keys()):
+        raise ValueError(f"{key}.{odd[0]}: unknown; {kind.__name__} has {', '.join(hints)}")
+    try:
+        return kind(**{k: _read(f"{key}.{k}", v, hints[k]) for k, v in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def get(name):

@@ -1,4 +1,4 @@
-"""What fine-tuning adds to the training loop: where weights start, and which of them are trained when."""
+"""What fine-tuning adds to the training loop: weights that start from those of a trained model."""
 
 from .model import HybridLM
 
@@ -19,15 +19,21 @@ def start_from(model, folder):
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no such model, or it does not fit; the message names train.start.
+        If there is no such model, it is damaged or does not fit, or `model` is of another kind; the message
+        names train.start.
 
     Chapter: 16_pretrained
     """
+    if not isinstance(model, HybridLM):
+        kind = type(model).__name__
+        raise ValueError(f"train.start: {folder} holds a HybridLM, whose weights are none of a {kind}'s")
     try:
         kept = HybridLM.from_checkpoint(folder).to(model.dtype)
     except FileNotFoundError as error:
         hint = "sleeplib run PRESET --keep data/checkpoints makes one"
         raise FileNotFoundError(f"train.start: {error}; {hint}") from error
+    except ValueError as error:
+        raise ValueError(f"train.start: {error}") from error
     old, new, pairs = kept.config.pattern, model.config.pattern, []
     for letter in dict.fromkeys(old):
         places = [[i for i, kind in enumerate(pattern) if kind == letter] for pattern in (old, new)]
@@ -40,39 +46,6 @@ def start_from(model, folder):
         block = next((prefix for prefix in number if name.startswith(prefix)), "")
         weights[number.get(block, "") + name.removeprefix(block)] = x
     try:
-        missing, _ = model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"train.start: {folder} does not fit the model: {error}") from error
-    fresh = {i for i in range(len(new)) if i not in dict(pairs).values()}
-    assert all(int(name.split(".")[1]) in fresh for name in missing)
-
-
-def fast_parameters(model):
-    """Parameters of the fast-weight layers: of each block with an S its mixer, and the norm before it.
-
-    A block that has no ``mixer`` is one layer, and counts as a whole.
-
-    Chapter: 16_pretrained
-    """
-    if hasattr(model, "fast_parameters"):  # a pretrained model knows what was inserted into it
-        return model.fast_parameters()
-    found = []
-    for block, S in zip(model.layers, model.initial_state(1).fast_weights):
-        if S is not None:
-            parts = [getattr(block, name) for name in ("mixer_norm", "mixer") if hasattr(block, name)]
-            found += [p for part in parts or [block] for p in part.parameters()]
-    return found
-
-
-def choose_trained(model, which):
-    """Train "all" parameters of a model, or those of the "fast" weight layers alone; the rest is frozen.
-
-    Section 6.4 of the paper trains inserted layers first.
-
-    Chapter: 16_pretrained
-    """
-    if hasattr(model, "learn"):
-        return model.learn(which)
-    model.requires_grad_(which == "all")
-    for p in fast_parameters(model):
-        p.requires_grad_(True)

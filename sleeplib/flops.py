@@ -102,7 +102,7 @@ def parameters(experiment):
     return sum(p.numel() for p in _fresh(get(experiment).task, get(experiment).model)[0].parameters())
 
 
-def training_bytes(experiment, passes, batch=None, precision=None):
+def training_bytes(experiment, passes, batch=None, precision=None, world=1):
     """Predicted peak memory of one training step on a GPU, in bytes, when nothing is captured or fused.
 
     The step is followed on tensors without numbers (device "meta"), where the code takes the branches that it
@@ -119,6 +119,10 @@ def training_bytes(experiment, passes, batch=None, precision=None):
         Sequences at a time; those of the experiment's training if absent.
     precision : {"float32", "bfloat16"}, optional
         What products are computed in; the experiment's if absent.
+    world : int
+        Processes that share weights, gradients and what the optimizers keep, see :func:`processes.shard`;
+        then what is put together at a time comes to a process' share: embedding, readout and two blocks.
+        This part was not measured.
 
     Returns
     -------
@@ -130,6 +134,12 @@ def training_bytes(experiment, passes, batch=None, precision=None):
     ValueError
         If an argument does not fit.
 
+    Notes
+    -----
+    This decides how a batch is divided, and errs on the safe side: gradients are counted twice, and 12 of the
+    16 bytes would do for what Muon moves.  :func:`step_bytes`, for tables of what pretrained models cost,
+    counts them as they are.
+
     Chapter: 10_training
     """
     experiment = get(experiment)
@@ -139,14 +149,16 @@ def training_bytes(experiment, passes, batch=None, precision=None):
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision must be float32 or bfloat16; got {precision!r}")
     options = integer("passes", passes, 1), batch, precision, train.checkpoint
-    return _followed(task, experiment.model, *options, train.eviction_at(train.steps))
+    options += train.eviction_at(train.steps), integer("world", world, 1)
+    return _followed(task, experiment.model, *options)
 
 
 def fitting_parts(experiment, passes, free, precision, world=1):
     """The smallest power of two of parts in which a batch fits into `free` bytes of a GPU.
 
     At most one a sequence; None if not even that fits.  What is needed is :func:`training_bytes` of a part of
-    a process' share, times CAPTURED where the step is captured and fused, else EAGER.
+    a process' share, times CAPTURED where the step is captured and fused, else EAGER.  With ``train.shard``
+    the `world` processes share the weights too.
 
     Chapter: 11_rule110
     """
@@ -156,7 +168,7 @@ def fitting_parts(experiment, passes, free, precision, world=1):
     captured = train.graph and world == 1 and find_spec("triton") is not None
 
     def bytes_in(parts):
-        return training_bytes(experiment, passes, -(-share // parts), precision)
+        return training_bytes(experiment, passes, -(-share // parts), precision, world if train.shard else 1)
 
     if (CAPTURED if captured else EAGER) * (whole := bytes_in(1)) <= free:
         return 1
@@ -170,14 +182,27 @@ def fitting_parts(experiment, passes, free, precision, world=1):
 
 
 @lru_cache(maxsize=256)
-def _followed(task, config, passes, batch, precision, checkpoint, eviction):
+def _followed(task, config, passes, batch, precision, checkpoint, eviction, world):
     model, one = _fresh(task, config, backend="chunked", numbers=False)
     awake = awake_chunks(one.labels, task.window)
     inputs, labels = (x.expand(batch, -1).contiguous().to("meta") for x in (one.inputs, one.labels))
     options = dict(window=task.window, passes=passes, eviction=eviction, checkpoint=checkpoint)
-    # Weight, gradient, and two numbers of an optimizer in float32; of what does not learn the weight alone.
-    own = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
-    return followed_bytes(model.to("meta"), inputs, labels, awake, precision, **options) + own
+    return followed_bytes(model, inputs, labels, awake, precision, **options) + _own(model, world)
+
+
+def _own(model, world):
+    """Bytes of weights and all that training adds to them, at one of `world` processes that share them."""
+
+    def size(module, learning):  # of what does not learn the weight alone
+        return sum(
+            p.numel() * (learning if p.requires_grad else p.element_size()) for p in module.parameters()
+        )
+
+    share = -(-size(model, 16) // world)  # weight, gradient, and two numbers of an optimizer in float32
+    if world == 1:
+        return share
+    blocks = [size(block, 8) for block in model.layers]  # whole: weight and gradient
+    return share + size(model, 8) - sum(blocks) + 2 * max(blocks)  # one in use, the next on its way
 
 
 def followed_bytes(model, inputs, labels, awake, precision="float32", **options):
@@ -289,9 +314,9 @@ class _AsOnCuda(TorchFunctionMode):
 def _fresh(task, config, backend="reference", numbers=True):
     """A new model, and one sequence; the global random state stays as it was.
 
-    Without `numbers` a pretrained model is made of its settings alone.
+    Without `numbers` it is made of its settings alone, on device "meta".
     """
     with torch.random.fork_rng(devices=[]):
         config = dataclasses.replace(config, backend=backend)
-        model = config.build() if numbers or not hasattr(config, "on_meta") else config.on_meta()
+        model = config.build() if numbers else config.on_meta()
     return model, task.batch(1, np.random.default_rng(0))

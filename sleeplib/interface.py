@@ -36,6 +36,26 @@ class Sleepable:
         """Whether any block carries a fast weight: without one there is nothing to write during sleep."""
         return any(S is not None for S in self.initial_state(1).fast_weights)
 
+    def fast_parameters(self):
+        """What may be trained before all else: the parameters of the blocks with an S, a list.
+
+        Section 6.4 of the paper trains inserted layers first.
+        """
+        fast = zip(self.layers, self.initial_state(1).fast_weights)
+        return [p for block, S in fast if S is not None for p in block.parameters()]
+
+    def may_learn(self, name):
+        """Whether the parameter of this name is ever trained."""
+        return True
+
+    def learn(self, part="all"):
+        """Let a part of what :meth:`may_learn` be trained: "all", or the :meth:`fast_parameters` alone."""
+        if part not in ("all", "fast"):
+            raise ValueError(f"part must be 'all' or 'fast'; got {part!r}")
+        fast = set(map(id, self.fast_parameters()))
+        for name, p in self.named_parameters():
+            p.requires_grad_(self.may_learn(name) and (part == "all" or id(p) in fast))
+
     def order(self, passes):
         """Numbers of the blocks that `passes` passes run through, one after the other."""
         first, last = self.loop

@@ -295,7 +295,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x, memory, sliding_window=None, write_only=False):
         """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with what was written."""
         H, K, V = self.num_heads, self.key_size, self.value_size
-        self._check(memory, x)
+        check_fast(memory, (len(x), self.conv.taps - 1, self.conv.channels))
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)  # (B, T, H (2 K + 2 V + 2))
         qkv, gate, a, b = y.split((2 * H * K + H * V, H * V, H, H), dim=-1)
         if self.dynamic:
@@ -315,15 +315,17 @@ class GatedDeltaNet(nn.Module):
         o = self.norm(o, gate.unflatten(-1, (H, V)))  # (B, T, H, V)
         return self.o(o.flatten(2)), memory
 
-    def _check(self, memory, x):
-        """Raise ValueError if the memory is not one of this layer's; the rule checks S itself."""
-        if memory.kv is not None:
-            raise ValueError("state: a block of fast weights caches no keys; got some")
-        if memory.conv is not None:
-            wanted = (len(x), self.conv.taps - 1, self.conv.channels)
-            if tuple(memory.conv.shape) != wanted:
-                what = f"the convolution context must be (B, taps - 1, channels) = {wanted}"
-                raise ValueError(f"state: {what}; got {tuple(memory.conv.shape)}")
+
+def check_fast(memory, wanted):
+    """Raise ValueError unless this is the memory of a fast-weight layer; the rule checks S itself.
+
+    `wanted` is the shape of a convolution context, (B, taps - 1, channels).
+    """
+    if memory.kv is not None:
+        raise ValueError("state: a block of fast weights caches no keys; got some")
+    if memory.conv is not None and tuple(memory.conv.shape) != wanted:
+        what = f"the convolution context must be (B, taps - 1, channels) = {wanted}"
+        raise ValueError(f"state: {what}; got {tuple(memory.conv.shape)}")
 
 
 class SwiGLU(nn.Module):

@@ -108,6 +108,11 @@ class ModelConfig:
         """Make the model, with weights as they are before training."""
         return HybridLM(self)
 
+    def on_meta(self):
+        """Make the model without numbers, on device "meta": what it costs can be counted on it."""
+        with torch.device("meta"):
+            return self.build()
+
 
 class Block(nn.Module):
     """Pre-norm mixer and pre-norm feed-forward layer, each with a residual connection.
@@ -178,6 +183,12 @@ class HybridLM(Sleepable, nn.Module):
         wide = torch.promote_types(torch.float32, weight.dtype)
         zeros = dict(dtype=wide, device=weight.device)  # whole tensors, also where the weight is in parts
         return LMState(tuple(None if k == "a" else torch.zeros(shape, **zeros) for k in c.pattern))
+
+    def fast_parameters(self):
+        """Of each block with an S the parameters of its mixer, and of the norm before it: a list."""
+        fast = zip(self.layers, self.initial_state(1).fast_weights)
+        parts = [part for block, S in fast if S is not None for part in (block.mixer_norm, block.mixer)]
+        return [p for part in parts for p in part.parameters()]
 
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D)."""

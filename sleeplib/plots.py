@@ -66,7 +66,9 @@ def is_chart(fig, words):
     """Whether a dark page may invert a figure: it has no map of colours, and its words name no shade."""
     parts = [part for ax in fig.axes for part in (*ax.images, *ax.collections)]
     maps = any(isinstance(part, AxesImage | QuadMesh) for part in parts)
-    return not maps and not re.search(r"\b(black|white|gr[ae]y|dark|pale|light)", words.lower())
+    return not maps and not re.search(
+        r"\b(black|white|gr[ae]y|dark|pale|light)(e?r|e?st|s)?\b", words.lower()
+    )
 
 
 def img(fig, alt, caption="", **options):

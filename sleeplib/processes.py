@@ -71,16 +71,16 @@ def in_step(model, loss):
     return DistributedDataParallel(module)
 
 
-def shard(model):
-    """Leave of each weight of a :class:`Sleepable` only this process' part, PyTorch's FSDP2.
+def shard(model, device):
+    """Leave of each weight of a :class:`Sleepable` only this process' part, on `device`, PyTorch's FSDP2.
 
     A block is put together when it is called, the embedding and the readout once a step; the gradients that
-    come out are means over processes, and parts too.  All processes must have made the same model.
+    come out are means over processes, and parts too.  All processes must have made the same model, on the
+    CPU: FSDP2 moves one block after the other and keeps its part, so no device ever holds them all.
     """
     from torch.distributed.device_mesh import init_device_mesh  # not in every build of PyTorch
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (world(),))
     for block in model.layers:
         fully_shard(block, mesh=mesh)
@@ -94,13 +94,30 @@ def whole(x):
     return x.full_tensor() if _in_parts(x) else x
 
 
+def gathered(tensors):
+    """A dict of tensors, whole, at the first process; an empty one at the others.  All must ask.
+
+    Those in parts are put together one after the other and go to the CPU, so that a device holds one of them
+    at a time; any other is as it is.
+    """
+    found = {}
+    for name, x in tensors.items():
+        x = whole(x).cpu() if _in_parts(x) else x
+        if rank() == 0:
+            found[name] = x
+    return found
+
+
 def part(x, like):
     """Of a whole tensor what this process keeps of `like`; all of it, unless `like` is in parts."""
     if not _in_parts(like):
         return x
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor
 
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    rows = -(-len(x) // world())  # FSDP2 shares out rows as chunk does: the last get fewer, or none
+    own = x[rank() * rows : (rank() + 1) * rows].to(like.device, copy=True)  # a view would keep all of x
+    options = dict(shape=x.shape, stride=x.stride(), run_check=False)
+    return DTensor.from_local(own, like.device_mesh, like.placements, **options)
 
 
 def _in_parts(x):

@@ -1,5 +1,6 @@
 """A run from start to record: checkpoints that resume to the bit, one JSON file at the end."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -104,12 +105,11 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     parts = trainer.micro_batches  # also those that were chosen: another machine would choose others
     command += f" --micro-batches {parts}" * (micro_batches is not None or parts > 1)
     command += f" --threads {threads}" * (threads is not None)
-    command += "".join(f" --set {change}" for change in experiment.changes())
+    command += "".join(f" --set {shlex.quote(change)}" for change in experiment.changes())
     # Tries are for one process: where weights lie in parts, a call waits for all.
     probe = trainer.probe if trainer.device.type == "cpu" and not trainer.sharded else None
     with cpu.chosen(threads or found.get("threads"), probe) as choice:
-        writes = trainer.rank == 0 or trainer.sharded
-        save = partial(save_checkpoint, trainer, checkpoint) if writes else None
+        save = partial(save_checkpoint, trainer, checkpoint)
         status = trainer.run(stop_after, save, progress, choice.step_took)
         record = make_record(trainer, status, command, *commit)
     done = record["status"] == "done"

@@ -17,7 +17,7 @@ from .algorithm import awake_chunks, sleep_forward
 from .checks import integer
 from .evaluation import evaluate, held_out
 from .experiments import get
-from .finetune import choose_trained, fast_parameters, start_from
+from .finetune import start_from
 from .flops import fitting_parts
 from .kernels import use_numba
 from .optimizers import SLOTS, make_optimizers, schedule
@@ -89,14 +89,16 @@ class Trainer:
             raise ValueError(f"model.vocab_size is {found}; the task has {task.vocab_size} tokens")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            self.model = experiment.model.build().to(self.device)
+            self.model = experiment.model.build()
         if train.start is not None:
             start_from(self.model, train.start.replace("{seed}", str(self.seed)))
         self.sharded = train.shard and self.world > 1
         if self.sharded:
             if self.device.type == "cpu":  # a loop reads weights where they are: they could not be let go of
                 use_numba(False)
-            processes.shard(self.model)
+            processes.shard(self.model, self.device)
+        else:
+            self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, train)
         self.step, self.curve, self.seconds, self.peak_bytes = 0, [], 0.0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count, this entry's
@@ -113,6 +115,7 @@ class Trainer:
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
         self.graph = self.captured = None  # a captured step, and its eviction and what it trains
         self.in_step, self.trains = processes.in_step(self.model, self.loss), "all"
+        self.frozen = []  # parameters whose gradient is thrown away
 
     def fitting_parts(self):
         """In how many parts a batch is read where nobody says: the same in all processes."""
@@ -129,8 +132,10 @@ class Trainer:
         batch = self.next_batch()
         if self.trains != train.trains_at(self.step):
             self.trains = train.trains_at(self.step)
-            if not self.sharded:
-                choose_trained(self.model, self.trains)
+            if self.sharded:  # which weights get a gradient is fixed once: later it is thrown away
+                self.frozen = self.rest() if self.trains == "fast" else []
+            else:
+                self.model.learn(self.trains)
             self.in_step = processes.in_step(self.model, self.loss)
         with self.diverging():
             loss = self.forward_backward(batch)
@@ -142,6 +147,11 @@ class Trainer:
         self.step += 1
         if measure and (self.step % train.eval_every == 0 or self.step == train.steps):
             self.measure()
+
+    def rest(self):
+        """The parameters that a step of "fast" leaves alone."""
+        fast = set(map(id, self.model.fast_parameters()))
+        return [p for p in self.model.parameters() if id(p) not in fast]
 
     def next_batch(self):
         """What :func:`training_batch` draws for the step in hand, ahead of time where there are workers."""
@@ -175,10 +185,8 @@ class Trainer:
                 loss = self.in_step(inputs.to(self.device), labels.to(self.device)) * share
                 (loss * self.world).backward()  # gradients become means over processes
             total = total + loss.detach()
-        if self.sharded and self.trains == "fast":  # which weights get a gradient is fixed once in parts
-            fast = set(map(id, fast_parameters(self.model)))
-            for p in self.model.parameters():
-                p.grad = p.grad if id(p) in fast else None
+        for p in self.frozen:
+            p.grad = None
         return processes.summed(total)
 
     def loss(self, inputs, labels):
@@ -279,10 +287,12 @@ class Trainer:
         return now
 
     def whole_model(self):
-        """The model; where it lies in parts, a new one, for which all processes must ask."""
+        """The model; where it lies in parts, a new one on the CPU, or None: all ask, the first gets it."""
         if not self.sharded:
             return self.model
-        weights = {k: processes.whole(v) for k, v in self.model.state_dict().items()}
+        weights = processes.gathered(self.model.state_dict())
+        if self.rank > 0:
+            return None
         model = self.experiment.model.build()
         model.load_state_dict(weights)
         return model
@@ -293,15 +303,17 @@ class Trainer:
         return own | dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
 
     def snapshot(self):
-        """Everything that a later call needs to go on to the bit: tensors by name, and plain notes."""
-        tensors = {f"model.{k}": processes.whole(v) for k, v in self.model.state_dict().items()}
+        """Everything that a later call needs to go on to the bit: tensors by name, and plain notes.
+
+        Of several processes all must ask; tensors are what :func:`gathered` gives each.
+        """
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"losses": self.losses}
         for number, optimizer in enumerate(self.optimizers):
             for index, slots in optimizer.state_dict()["state"].items():
-                found = {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
-                tensors |= {name: processes.whole(v) for name, v in found.items()}
+                tensors |= {f"optimizer.{number}.{index}.{slot}": v for slot, v in slots.items()}
         notes = dict(run=self.identity(), threads=torch.get_num_threads(), step=self.step, curve=self.curve)
         notes |= dict(seconds=self.seconds, peak_bytes=self.peak_bytes, micro_batches=self.micro_batches)
-        return tensors | {"losses": self.losses}, notes
+        return processes.gathered(tensors), notes
 
     def restore(self, tensors, notes):
         """Go on where a :meth:`snapshot` was taken; ValueError, with nothing changed, if it does not fit."""
@@ -314,10 +326,10 @@ class Trainer:
         wanted = {k: v.shape for k, v in model.items()} | {"losses": (2,)}
         states = [{}, {}]
         frozen = sum(self.experiment.train.trains_at(i) == "fast" for i in range(step))
-        always, counts = set(map(id, fast_parameters(self.model))), {}
+        later, counts = set(map(id, self.rest())), {}
         for number, optimizer in enumerate(self.optimizers):
             for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                if not (count := step if id(p) in always else step - frozen):
+                if not (count := step - frozen if id(p) in later else step):
                     continue
                 counts[f"optimizer.{number}.{i}.step"] = count
                 names = {slot: f"optimizer.{number}.{i}.{slot}" for slot in SLOTS[number]}

@@ -3,6 +3,7 @@
 import json
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
 from sleeplib import budget, flops
+from sleeplib.algorithm import awake_chunks
 from sleeplib.experiments import PRETRAINED, TrainConfig
 from sleeplib.kernels import jit
 from sleeplib.pretrained import FAMILIES, Insert, LoRA, jet, ouro  # noqa: F401  transformers hears of two
@@ -18,6 +20,15 @@ from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 T = 48  # tokens of the count; more than a chunk of the delta rule would only take longer
 OPTIONS = {"ByteDance/Ouro-1.4B": dict(insert=SIX_JET)}
+
+
+def small_jet(window=None):
+    """A configuration of four layers, the last with a window of its own."""
+    small = {k: v for k, v in JET.items() if k not in ("auto_map", "torch_dtype")}
+    parts = JET["efficient_attention_config"]
+    parts = parts if window is None else parts | dict(swa=dict(window_size=window))
+    small |= dict(num_hidden_layers=4, layer_types=["jet", "attn", "jet", "swa"])
+    return small | dict(efficient_attention_config=parts)
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
@@ -50,6 +61,35 @@ def test_what_stays_and_what_goes_has_the_bytes_of_the_formula(real):
     assert budget.cached_bytes(real, T) == sum(x.nbytes for x in kept)
 
 
+@pytest.mark.parametrize("dtype, wide", [("bfloat16", 4), ("float32", 4), ("float64", 8)])
+def test_a_window_of_its_own_keeps_fewer_keys_and_fast_weights_have_their_own_precision(dtype, wide):
+    model = on_meta(small_jet(window=8), dtype=dtype)
+    for tokens in (5, 8, 20):  # fewer than its window, as many, more
+        with torch.no_grad():
+            h = model.embed(torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
+            _, state = model.blocks(h, model.initial_state(1))
+        assert [state.kv[i][0].shape[1] for i in (1, 3)] == [tokens, min(tokens, 7)]
+        kept = [x for kv in state.kv if kv is not None for x in kv]
+        assert budget.cached_bytes(model, tokens) == sum(x.nbytes for x in kept)
+    carried = [S for S in state.fast_weights if S is not None]
+    assert (
+        budget.carried_bytes(model)
+        == sum(S.nbytes for S in carried)
+        == wide * sum(S.numel() for S in carried)
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["rule110-quick", "depo-quick", "recall-quick", "gsm_infinite-quick-windows"]
+)
+def test_what_is_slept_on_is_what_has_no_label(name):
+    task = sl.experiments.get(name).task
+    reading = budget.Reading.of(task)
+    labels = task.batch(8, np.random.default_rng(0)).labels
+    assert reading.asleep == tuple(not awake for awake in awake_chunks(labels, task.window))
+    assert reading.tokens == tuple(x.shape[1] for x in labels.split(task.window, dim=1))
+
+
 def test_a_block_s_memory_costs_what_its_equations_say():
     """By hand: a token reads, writes and asks H matrices of K x V; or it looks at every key before it."""
     model = on_meta("ByteDance/Ouro-1.4B", insert=SIX_JET)
@@ -77,9 +117,7 @@ def test_passes_and_recomputation_multiply_what_they_repeat():
 
 
 def test_memory_is_a_line_in_the_windows_and_grows_with_the_passes():
-    small = {k: v for k, v in JET.items() if k not in ("auto_map", "torch_dtype")}
-    small |= dict(num_hidden_layers=4, layer_types=["jet", "attn", "jet", "swa"])
-    model = on_meta(small)
+    model = on_meta(small_jet())
     train, sizes = TrainConfig(1, 1, checkpoint=True), {}
     for tokens, passes in ((64, 2), (128, 2), (192, 2), (64, 3)):
         reading = budget.Reading((tokens, 4), (True, False))

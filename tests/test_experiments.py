@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleeplib as sl
+from sleeplib import pretrained
 from sleeplib.flops import training_flops
 from sleeplib.tasks.check import check_task
 
@@ -117,6 +118,30 @@ def test_a_setting_that_is_off_leaves_older_records_as_they_are():
     assert sl.experiments.get(name).replace({"train.truncate": None}).changes() == ["train.truncate=null"]
 
 
+STORY = sl.experiments.get("gsm_infinite-text").task.of
+INSERT, TOLD = pretrained.Insert((1, 3), 2, 8, 16, dynamic=False), {"task.tokens": (300, 900)}
+CHANGED = [
+    ("gsm-qwen-small", {"model.lora": pretrained.LoRA(4, 8.5), "model.revision": "123"} | TOLD),
+    (
+        "gsm-qwen-small",
+        {"model.lora": None, "model.insert": INSERT, "model.source": "a (b)/c", "train.clip": 2},
+    ),
+    ("gsm-ouro-sliding-paper", {"train.trains": "all", "train.shard": True, "model.insert": INSERT}),
+    ("gsm_infinite-text", {"task.of": dataclasses.replace(STORY, ops=(1, 2), theme=None)}),
+    ("gsm_infinite-text", {"task.of": sl.tasks.Depo(5, 4, 8, (1, 1), 3, 2, 5)}),
+    ("recall-ablation-recent8", {"model.keep": 4, "model.loop": (0, 1)}),
+]
+
+
+@pytest.mark.parametrize("name, changes", CHANGED)
+def test_the_changes_that_a_record_keeps_make_the_experiment_again(name, changes):
+    preset = sl.experiments.get(name)
+    changed = preset.replace(changes)
+    again = preset.replace(dict(change.split("=", 1) for change in changed.changes()))
+    assert again == changed != preset and again.config_hash() == changed.config_hash()
+    assert again.changes() == changed.changes() and len(changed.changes()) == len(changes)
+
+
 def test_a_word_may_stand_bare_where_none_is_allowed_too():
     story = dataclasses.replace(QUICK, task=sl.tasks.GSMInfinite())
     assert story.replace({"task.theme": "harbor"}).task.theme == "harbor"
@@ -145,6 +170,21 @@ BAD = {
     "model.pattern": "xyz",
     "model.num_heads": "3",
 }
+
+
+@pytest.mark.parametrize(
+    "name, key, value, words",
+    [
+        ("gsm-qwen-small", "model.lora", '{"rang": 4}', "^model.lora.rang: unknown; LoRA has rank, alpha"),
+        ("gsm-qwen-small", "model.lora", '{"rank": "few"}', "^model.lora.rank: cannot read 'few' as int"),
+        ("gsm-qwen-small", "model.insert", '{"after": [1]}', "^model.insert: .*num_heads"),
+        ("gsm_infinite-text", "task.of", '{"kind": "dep", "nodes": 5}', "^task.of: dep is no task of"),
+        ("rule110-quick", "train.steps", '{"x": 4}', "^train.steps: wants int; got {'x': 4}"),
+    ],
+)
+def test_bad_fields_of_a_setting_are_refused_by_name(name, key, value, words):
+    with pytest.raises(ValueError, match=words):
+        sl.experiments.get(name).replace({key: value})
 
 
 @pytest.mark.parametrize("key, value", BAD.items())

@@ -386,3 +386,21 @@ def test_double_precision_by_default():
         assert sl.Sleeper(model, window=L, passes=2).feed(tokens).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Plain(sl.Sleepable, torch.nn.Module):
+    """A module whose blocks have no parts that the library knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+
+    def initial_state(self, batch_size):
+        return sl.LMState((None, torch.zeros(batch_size, 1, 1, 2), None))
+
+
+def test_the_fast_weight_layers_of_any_model_are_its_blocks_with_a_fast_weight():
+    model = Plain()
+    for part, learning in (("fast", {"1"}), ("all", {"0", "1", "2"})):
+        model.learn(part)
+        assert {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad} == learning

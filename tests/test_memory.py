@@ -92,8 +92,8 @@ def test_every_small_preset_fits_a_t4_in_float32(name):
 def test_a_batch_is_read_in_as_few_parts_as_fit():
     sizes = {8: 800, 4: 420, 2: 230, 1: 135}  # bytes of so many sequences
 
-    def predicted(experiment, passes, batch, precision):
-        return sizes[batch]
+    def predicted(experiment, passes, batch, precision, world):
+        return sizes[batch] // world
 
     eager, graph = (
         sl.experiments.get("rule110-quick").replace(batch=8, graph=graph) for graph in (False, True)
@@ -102,12 +102,34 @@ def test_a_batch_is_read_in_as_few_parts_as_fit():
         for free, parts in ((800, 1), (799, 2), (420, 2), (419, 4), (200, 8), (134, None)):
             assert flops.fitting_parts(eager, 1, free, "float32") == parts, free
         assert flops.fitting_parts(eager, 1, 400, "float32", world=2) == 2  # its share are 4 sequences
+        shared = eager.replace(shard=True)  # and half of what they need
+        assert flops.fitting_parts(shared, 1, 210, "float32", world=2) == 1
         for fuses, free, parts in ((True, 600, 1), (True, 599, 2), (False, 799, 2)):
             with patch.object(flops, "find_spec", lambda name, fuses=fuses: fuses or None):
                 assert flops.fitting_parts(graph, 1, free, "float32") == parts
         odd = eager.replace(batch=3)
         sizes[3] = 500
         assert flops.fitting_parts(odd, 1, 140, "float32") == 3
+
+
+def test_processes_that_share_weights_hold_a_part_and_what_is_put_together():
+    experiment = sl.experiments.get("rule110-quick").replace(batch=2)
+    model = experiment.model.build()
+    numbers, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.layers[1]))
+    outer = numbers - sum(p.numel() for p in model.layers.parameters())
+    one, two, four = (flops.training_bytes(experiment, 1, world=n) for n in (1, 2, 4))
+    assert two - four == 4 * numbers and block > sum(p.numel() for p in model.layers[0].parameters())
+    assert one - two == 8 * numbers - 8 * outer - 16 * block
+
+
+@pytest.mark.parametrize("name", ["rule110-quick", "recall-ablation-recent8", "rule110-rival-ttt-2e-3"])
+def test_a_model_without_numbers_has_every_shape(name):
+    config = sl.experiments.get(name).model
+    made, bare = (model.state_dict() for model in (config.build(), config.on_meta()))
+    assert {x.device.type for x in bare.values()} == {"meta"}
+    assert {k: (x.shape, x.dtype) for k, x in bare.items()} == {
+        k: (x.shape, x.dtype) for k, x in made.items()
+    }
 
 
 def test_a_gpu_is_asked_what_is_free_and_a_cpu_is_not():

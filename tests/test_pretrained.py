@@ -1,6 +1,9 @@
 """Pretrained models behind the interface of sleep: one pass is the original, and sleep is Algorithm 1."""
 
+import subprocess
+import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from tiny import close
 from tiny_pretrained import CONFIGS, HYBRIDS, padded_batch, tiny_original
 
 import sleeplib as sl
+from sleeplib.tasks.gsm_infinite.tokens import padding
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -177,3 +181,24 @@ def test_low_rank_differences_on_every_projection_get_a_gradient(name):
     for k, p in model.named_parameters():
         assert p.requires_grad == model.is_added(k), k
         assert p.requires_grad or p.grad is None
+
+
+def test_families_that_transformers_lacks_are_known_before_anything_is_loaded():
+    code = """
+import transformers
+from sleeplib.pretrained import FAMILIES, adapt
+config = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2)
+assert "ouro" not in FAMILIES
+try:
+    adapt(transformers.AutoModelForCausalLM.from_config(config))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "known families are jet_nemotron, olmo_hybrid, ouro, qwen3_5" in done.stdout, done.stderr
+
+
+def test_padding_is_a_tokenizers_own_or_its_end_or_ours():
+    for pad, end, wanted, alone in ((3, 4, 3, 3), (4, 4, 4, None), (None, 4, 4, None), (None, None, 0, None)):
+        tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
+        assert (padding(tokenizer), padding(tokenizer, alone=True)) == (wanted, alone)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from tiny_pretrained import byte_tokenizer, tiny_original
 
 import sleeplib as sl
-from sleeplib import checkpoints, processes
+from sleeplib import budget, checkpoints, processes
 from sleeplib.experiments import Experiment, TrainConfig
 from sleeplib.optimizers import make_optimizers
 from sleeplib.training import Trainer
@@ -23,7 +24,7 @@ from sleeplib.training import Trainer
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sleeplib.pretrained import Insert, LoRA, PretrainedConfig, load
+from sleeplib.pretrained import Insert, LoRA, PretrainedConfig, load, save
 
 TASK = sl.tasks.Rule110(width=8, strings=2, steps=1)
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)
@@ -126,9 +127,29 @@ def test_memory_is_predicted_without_weights(sources, tmp_path):
         (folder / "model.safetensors").unlink()
         model = dataclasses.replace(recipe.model, source=str(folder))
         predicted[lora] = sl.flops.training_bytes(dataclasses.replace(recipe, model=model), 2)
+        reading = budget.Reading.of(TASK)
+        counted = budget.step_bytes(model.on_meta(), recipe.train, reading, 2, recipe.train.batch)
+        assert 0.8 * predicted[lora] < counted <= predicted[lora]  # gradients counted once, and twice
     numbers = sum(p.numel() for p in recipe.model.on_meta().original_parameters())
     assert predicted[None] > 16 * numbers
     assert predicted[LoRA(2, 4)] < predicted[None] - 6 * numbers
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_saved_folder_is_counted_and_built_with_the_settings_it_was_saved_with(sources, tmp_path, base):
+    recipe = experiment(sources, "llama-tied", LoRA(2, 4))
+    model = recipe.model.build()
+    save(model, tmp_path / "saved", base=base)
+    saved = dataclasses.replace(recipe, model=PretrainedConfig(str(tmp_path / "saved"), TASK.vocab_size))
+    counted, built = saved.model.on_meta(), saved.model.build()
+    for other in (counted, built):
+        assert (other.loop, other.insert, other.lora) == (model.loop, INSERT, LoRA(2, 4))
+        shapes = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+        assert shapes == {k: (v.shape, v.dtype) for k, v in other.state_dict().items()}
+    assert 0 < sl.flops.training_bytes(saved, 2) <= sl.flops.training_bytes(recipe, 2)
+    for make in ("on_meta", "build"):
+        with pytest.raises(ValueError, match="^loop: .* was saved with settings of its own"):
+            getattr(dataclasses.replace(saved.model, loop=(1, 2)), make)()
 
 
 def test_the_small_preset_runs_on_any_checkpoint_of_its_family(tmp_path):
@@ -143,7 +164,12 @@ def test_the_small_preset_runs_on_any_checkpoint_of_its_family(tmp_path):
     recipe = sl.experiments.get("gsm-qwen-small").replace(settings | {"train.warmup": 0, "train.decay": 0})
     record = sl.run(recipe, 2, device="cpu", out=tmp_path / "out", threads=1)
     assert record["status"] == "done" and record["chance"].keys() <= record["final"].keys()
-    assert record["tokens"] == 2 * 2 * 912 and "--set model.dtype=bfloat16" in record["command"]
+    assert record["tokens"] == 2 * 2 * 912
+    words = shlex.split(record["command"])
+    changes = [word for before, word in zip(words, words[1:]) if before == "--set"]
+    assert "model.dtype=bfloat16" in changes
+    again = sl.experiments.get("gsm-qwen-small").replace(dict(x.split("=", 1) for x in changes))
+    assert again == recipe
 
 
 def test_a_vocabulary_of_another_size_is_refused(sources):
@@ -160,28 +186,38 @@ def train_in_parts(root):
     sources = {"llama-tied": str(root / "llama-tied")}
     trainer = Trainer(experiment(sources, **SHARDED), 2, 0, device="cpu")
     loss = trainer.forward_backward(trainer.next_batch())
-    gradients = {
-        k: processes.whole(p.grad) for k, p in trainer.model.named_parameters() if p.grad is not None
-    }
-    whole = trainer.whole_model()
-    for k, p in whole.named_parameters():
-        p.grad = gradients[k].clone() if k in gradients else None
-    for optimizer in (*trainer.optimizers, *make_optimizers(whole, TRAIN)):
+    learned = [(k, p) for k, p in trainer.model.named_parameters() if p.grad is not None]
+    gradients, whole = processes.gathered({k: p.grad for k, p in learned}), trainer.whole_model()
+    for optimizer in trainer.optimizers:
         optimizer.step()
-    for k, v in trainer.whole_model().state_dict().items():
-        assert torch.allclose(v, whole.state_dict()[k], atol=1e-6), k
+    after = trainer.whole_model()
+    if trainer.rank > 0:  # what is whole is at the first process alone
+        assert gradients == {} and whole is after is None and trainer.snapshot()[0] == {}
+    else:
+        for k, p in whole.named_parameters():
+            p.grad = gradients[k].clone() if k in gradients else None
+        for optimizer in make_optimizers(whole, TRAIN):
+            optimizer.step()
+        for k, v in after.state_dict().items():
+            assert torch.allclose(v, whole.state_dict()[k], atol=1e-6), k
+        assert trainer.snapshot()[0].keys() > {f"model.{k}" for k in after.state_dict()}
     trainer = Trainer(experiment(sources, **SHARDED), 2, 0, device="cpu")
     for i in range(3):
         if i == 1:
             checkpoints.save_checkpoint(trainer, root / "one.safetensors")
         trainer.train_step()
-    after = trainer.whole_model().state_dict()
+    after = processes.gathered(trainer.model.state_dict())
     torch.distributed.barrier()
     checkpoints.load_checkpoint(trainer, root / "one.safetensors")
+    for slot in (
+        x for o in trainer.optimizers for slots in o.state.values() for x in slots.values() if x.ndim
+    ):
+        assert slot.to_local().untyped_storage().nbytes() == slot.to_local().nbytes < slot.nbytes
     for _ in range(2):
         trainer.train_step()
-    for k, v in trainer.whole_model().state_dict().items():
-        assert torch.equal(v, after[k]), k
+    again = processes.gathered(trainer.model.state_dict())
+    for k in after:
+        assert torch.equal(again[k], after[k]), k
     part = sum(p.to_local().numel() for p in trainer.model.parameters())
     if trainer.rank == 0:
         torch.save((part, float(loss), gradients), root / "whole.pt")

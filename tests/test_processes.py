@@ -30,6 +30,7 @@ SETTINGS = {
     "train.eval_every": 4,
     "train.save_every": 2,
 }
+QUICK = sl.experiments.get("rule110-quick")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch has no processes here")
 
 
@@ -139,6 +140,49 @@ def test_a_batch_is_shared_by_as_many_as_it_has_sequences():
         pytest.raises(ValueError, match="^train.batch is 128; 129"),
     ):
         Trainer("rule110-quick", 1, 0, "cpu")
+
+
+def test_a_model_that_is_to_lie_in_parts_does_not_lie_whole_on_the_device_first(tmp_path):
+    seen, meta = [], torch.device("meta")  # in the place of a GPU
+    start = sl.run(
+        QUICK.replace(SETTINGS | {"train.steps": 1}), 1, 0, "cpu", tmp_path, keep=tmp_path / "kept"
+    )
+    sharded = QUICK.replace(
+        SETTINGS | {"train.shard": True, "train.start": f"{tmp_path}/kept/rule110-quick/N1-seed0"}
+    )
+
+    def noted(model, device):
+        seen.append((device, {x.device.type for x in model.state_dict().values()}))
+        model.to(device)
+
+    with (
+        patch.object(processes, "world", return_value=2),
+        patch.object(processes, "shard", noted),
+        patch("sleeplib.device.find_device", return_value=meta),
+    ):
+        trainer = Trainer(sharded, 1, 0)
+    assert start["status"] == "done" and trainer.device == meta and seen == [(meta, {"cpu"})]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 7, 8])
+@pytest.mark.parametrize("rank", [0, 2, 3])
+def test_the_part_of_a_whole_tensor_is_what_was_kept_of_a_weight(rows, rank):
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # processes that are not there
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(3, rows)])
+    model.embed = model.readout = lambda x: x
+    whole = {k: p.detach().clone() for k, p in model.named_parameters()}
+    torch.distributed.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        processes.shard(model, torch.device("cpu"))
+        for name, p in model.named_parameters():
+            part, kept = processes.part(whole[name], p), p.to_local()
+            assert part.shape == p.shape == whole[name].shape and torch.equal(part.to_local(), kept)
+            assert part.to_local().untyped_storage().nbytes() == kept.nbytes
+        assert kept.numel() < rows or rows == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_process_without_a_gpu_says_so(monkeypatch):

@@ -70,7 +70,10 @@ def test_only_charts_of_lines_turn_dark():
         return BeautifulSoup(plots.img(fig, alt, caption), "html.parser").img.get("class")
 
     assert kind(draw(1), "A line") == ["sl-chart"]
-    assert kind(draw(1), "A line", "Beyond the black line it fails.") is None
+    for words in ("Beyond the black line it fails.", "Palest is best", "greys", "A light-cone", "Darker"):
+        assert kind(draw(1), "A line", words) is None
+    for words in ("A palette", "Lightning", "A blacklist", "whitespace"):
+        assert kind(draw(1), "A line", words) == ["sl-chart"]
     fig, ax = plt.subplots()
     ax.imshow(np.eye(3))
     assert kind(fig, "A map") is None

@@ -210,19 +210,11 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
         chosen = self.inserted or [block for block in self.layers if block.fast_shape]
         names = {id(p): name for name, p in self.named_parameters()}
         found = [p for block in chosen for p in block.parameters()]
-        return [p for p in found if self.lora is None or self.is_added(names[id(p)])]
+        return [p for p in found if self.may_learn(names[id(p)])]
 
-    def learn(self, part="all"):
-        """Let a part of the parameters learn and no other: "all", or the "fast" weight layers alone.
-
-        Where there are low-rank differences, they learn in the place of the original's own weights.
-        """
-        if part not in ("all", "fast"):
-            raise ValueError(f"part must be 'all' or 'fast'; got {part!r}")
-        fast = set(map(id, self.fast_parameters()))
-        for name, p in self.named_parameters():
-            may = self.lora is None or self.is_added(name)
-            p.requires_grad_(may and (part == "all" or id(p) in fast))
+    def may_learn(self, name):
+        """Whether a parameter is ever trained: low-rank differences learn in the place of the original."""
+        return self.lora is None or self.is_added(name)
 
     def save(self, folder):
         """Write the whole model to a folder, see :func:`sleeplib.pretrained.save`."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import kernels
 from ..checks import LARGEST
-from ..layers import attend, newest
+from ..layers import attend, check_fast, newest
 from ..state import Memory
 
 HIDDEN = -(2**40)  # the age of a key that nobody may see: it stays below 0 however long the stream
@@ -165,13 +165,15 @@ def rotate(q, k, rotary):
     return turn(q), turn(k)
 
 
-class DeltaBlock(Block):
-    """A layer of fast weights by the gated delta rule, several value heads to a key head.
+class RuleBlock(Block):
+    """A layer of fast weights by the gated delta rule; a subclass says what it reads and writes with.
 
     Parameters
     ----------
     layer, padded, norms
         As :class:`Block` takes them.
+    fast_shape : tuple of int
+        H, K and V.
     backend : str
         See :func:`gated_delta_rule`.
     strongest : float
@@ -180,13 +182,51 @@ class DeltaBlock(Block):
     Chapter: 16_pretrained
     """
 
-    out, out_norm = "out_proj", "norm"
+    mixer, out, out_norm = "linear_attn", "out_proj", "norm"
 
-    def __init__(self, layer, *, backend="auto", strongest=1.0, **options):
+    def __init__(self, layer, fast_shape, *, backend="auto", strongest=1.0, **options):
         super().__init__(layer, **options)
+        self.fast_shape, self.backend, self.strongest = fast_shape, backend, strongest
+
+    @abstractmethod
+    def heads(self, x, memory):
+        """Map x (B, T, D) to q and k (B, T, H, K), v and a gate (B, T, H V), b and a, and the next context.
+
+        b and a (B, T, H) make beta and decay; the context is that of :class:`Memory`, whose old one to check.
+        """
+
+    def mix(self, x, memory, window, write_only, real):
+        """Read and write the fast weight, token by token of x (B, T, D)."""
+        m, heads = getattr(self.layer, self.mixer), (-1, self.fast_shape[-1])
+        q, k, v, gate, b, a, context = self.heads(x, memory)
+        wide = torch.promote_types(torch.float32, x.dtype)
+        g = -m.A_log.to(wide).exp() * F.softplus(a.to(wide) + m.dt_bias.to(wide))  # (B, T, H)
+        beta = self.strongest * b.to(wide).sigmoid()
+        if real is not None:  # padding neither decays nor writes
+            g, beta = (y * real.unsqueeze(-1) for y in (g, beta))
+        options = dict(g=g, beta=beta, initial_state=memory.S, backend=self.backend)
+        o, S = kernels.gated_delta_rule(q, k, v.unflatten(-1, heads), **options)
+        memory = Memory(S=S, conv=context)
+        if write_only:
+            return None, memory
+        o = getattr(m, self.out_norm)(o, gate.unflatten(-1, heads))
+        return getattr(m, self.out)(o.flatten(2)), memory
+
+
+class DeltaBlock(RuleBlock):
+    """Several value heads to a key head, all behind a short convolution, as transformers' hybrids have them.
+
+    Parameters
+    ----------
+    layer, backend, strongest, padded, norms
+        As :class:`RuleBlock` takes them.
+
+    Chapter: 16_pretrained
+    """
+
+    def __init__(self, layer, **options):
         m = layer.linear_attn
-        self.backend, self.strongest = backend, strongest
-        self.fast_shape = m.num_v_heads, m.head_k_dim, m.head_v_dim
+        super().__init__(layer, (m.num_v_heads, m.head_k_dim, m.head_v_dim), **options)
 
     @abstractmethod
     def read(self, x):
@@ -195,37 +235,14 @@ class DeltaBlock(Block):
         qkv (B, T, C) goes into the convolution, gate is (B, T, H V), b and a (B, T, H) make beta and decay.
         """
 
-    def mix(self, x, memory, window, write_only, real):
-        """Read and write the fast weight, token by token of x (B, T, D)."""
-        m, (H, K, V) = self.layer.linear_attn, self.fast_shape
+    def heads(self, x, memory):
+        """Project, convolve, and give each value head the keys that it shares."""
+        m, (H, K, _) = self.layer.linear_attn, self.fast_shape
         qkv, gate, b, a = self.read(x)
-        taps = m.conv1d.weight.shape[-1]
-        check_fast(memory, (len(x), taps - 1, qkv.shape[-1]))
-        mixed = kernels.causal_convolution(
-            qkv, m.conv1d.weight.squeeze(1).T.contiguous(), memory.conv, silu=True
-        )
+        filters = m.conv1d.weight.squeeze(1).T.contiguous()  # (taps, C)
+        check_fast(memory, (len(x), len(filters) - 1, qkv.shape[-1]))
+        mixed = kernels.causal_convolution(qkv, filters, memory.conv, silu=True)
         q, k, v = mixed.split((m.key_dim, m.key_dim, m.value_dim), dim=-1)
         q, k = (kernels.l2_normalize(y.unflatten(-1, (-1, K))) for y in (q, k))  # (B, T, fewer H, K)
         q, k = (y.repeat_interleave(H // y.shape[2], dim=2) for y in (q, k))
-        wide = torch.promote_types(torch.float32, x.dtype)
-        g = -m.A_log.to(wide).exp() * F.softplus(a.to(wide) + m.dt_bias)  # (B, T, H)
-        beta = self.strongest * b.to(wide).sigmoid()
-        if real is not None:  # padding neither decays nor writes
-            g, beta = (y * real.unsqueeze(-1) for y in (g, beta))
-        o, S = kernels.gated_delta_rule(
-            q, k, v.unflatten(-1, (H, V)), g=g, beta=beta, initial_state=memory.S, backend=self.backend
-        )
-        memory = Memory(S=S, conv=newest(qkv, memory.conv, taps - 1))
-        if write_only:
-            return None, memory
-        o = getattr(m, self.out_norm)(o, gate.unflatten(-1, (H, V)))
-        return getattr(m, self.out)(o.flatten(2)), memory
-
-
-def check_fast(memory, wanted):
-    """Raise ValueError unless `memory` is one of fast weights, with a context of the `wanted` shape."""
-    if memory.kv is not None:
-        raise ValueError("state: a block of fast weights caches no keys; got some")
-    if memory.conv is not None and tuple(memory.conv.shape) != wanted:
-        what = f"the convolution context must be (B, taps - 1, channels) = {wanted}"
-        raise ValueError(f"state: {what}; got {tuple(memory.conv.shape)}")
+        return q, k, v, gate, b, a, newest(qkv, memory.conv, len(filters) - 1)

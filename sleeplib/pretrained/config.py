@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from ..checks import integer
 from ..tasks.gsm_infinite.tokens import padding
 from .adapter import Insert
-from .files import fetch, read_json
-from .loading import load, load_tokenizer, read_own
+from .files import read_json
+from .loading import load, load_tokenizer, resolve
 from .lora import LoRA
 from .published import PUBLISHED, on_meta
 
@@ -45,12 +45,11 @@ class PretrainedConfig:
 
     def build(self):
         """Load the model; ValueError if its vocabulary is not of the size that is stated here."""
-        names = "loop insert lora padding dtype revision trust_remote_code backend".split()
-        options = {name: getattr(self, name) for name in names}
-        folder = fetch(self.source, self.revision, self.trust_remote_code, weights=False)
-        if self.padding is None and read_own(folder) is None:
-            tokenizer = load_tokenizer(folder, self.trust_remote_code)
+        found, options = self._found(), self._settings()
+        if self.padding is None and not found.saved:
+            tokenizer = load_tokenizer(found.base, self.trust_remote_code)
             options["padding"] = None if tokenizer is None else padding(tokenizer)
+        options |= {k: getattr(self, k) for k in ("dtype", "revision", "trust_remote_code", "backend")}
         model = load(self.source, **options)
         if model.vocab_size != self.vocab_size:
             raise ValueError(
@@ -60,9 +59,17 @@ class PretrainedConfig:
 
     def on_meta(self):
         """The model without numbers, which needs no weights: what it costs can be counted on it."""
-        config = PUBLISHED.get(self.source)
+        config, options, saved = PUBLISHED.get(self.source), self._settings(), False
         if config is None:
-            folder = fetch(self.source, self.revision, weights=False)
-            config = read_json(folder / "config.json", "it is no folder of a model of transformers")
-        options = dict(loop=self.loop, insert=self.insert, lora=self.lora, dtype=self.dtype)
-        return on_meta(config, padding=self.padding, **options)
+            found = self._found()
+            config = read_json(found.base / "config.json", "it is no folder of a model of transformers")
+            options, saved = found.settings, found.saved
+        if options["padding"] is None and not saved:
+            options["padding"] = 0  # some token will be: which one changes no cost
+        return on_meta(config, dtype=self.dtype, **options)
+
+    def _settings(self):
+        return {name: getattr(self, name) for name in ("loop", "insert", "lora", "padding")}
+
+    def _found(self):
+        return resolve(self.source, self.revision, self.trust_remote_code, weights=False, **self._settings())

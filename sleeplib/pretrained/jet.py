@@ -8,11 +8,10 @@ from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from .. import kernels
-from ..layers import RMSNorm, newest
-from ..state import Memory
+from ..layers import RMSNorm, check_fast, newest
 from .adapter import PretrainedLM, family
 from .bare import BareForCausalLM, BareModel, register
-from .blocks import AttentionBlock, Block, check_fast
+from .blocks import AttentionBlock, RuleBlock
 
 KINDS = ("attn", "swa", "jet")
 
@@ -92,19 +91,20 @@ class JetNemotronForCausalLM(BareForCausalLM):
     config_class, model_class = JetNemotronConfig, JetNemotronModel
 
 
-class JetBlock(Block):
-    """A Jet layer: fast weights by the gated delta rule, values through a filter that the token asks for.
+class JetBlock(RuleBlock):
+    """A Jet layer: values through a filter that the token asks for, queries and keys as they are.
 
     Chapter: 16_pretrained
     """
 
-    def __init__(self, layer, *, backend="auto", **options):
-        super().__init__(layer, **options)
-        m = layer.self_attn
-        self.backend, self.fast_shape = backend, (m.num_heads, m.head_k_dim, m.head_v_dim)
+    mixer, out, out_norm = "self_attn", "o_proj", "o_norm"
 
-    def mix(self, x, memory, window, write_only, real):
-        """Read and write the fast weight, token by token of x (B, T, D)."""
+    def __init__(self, layer, **options):
+        m = layer.self_attn
+        super().__init__(layer, (m.num_heads, m.head_k_dim, m.head_v_dim), **options)
+
+    def heads(self, x, memory):
+        """Project, and filter the values."""
         m, (H, K, V) = self.layer.self_attn, self.fast_shape
         check_fast(memory, (len(x), m.taps - 1, H * V))
         q, k = (kernels.l2_normalize(F.silu(p(x)).unflatten(-1, (H, K))) for p in (m.q_proj, m.k_proj))
@@ -112,19 +112,7 @@ class JetBlock(Block):
         filters = m.dynamic_conv1d.kernel_generator(x).unflatten(-1, (H * V, m.taps))  # the newest last
         past = kernels.prepend_context(values, memory.conv, m.taps)
         v = F.silu(sum(past[:, i : i + T] * filters[..., i] for i in range(m.taps)))  # (B, T, H V)
-        wide = torch.promote_types(torch.float32, x.dtype)
-        g = -m.A_log.to(wide).exp() * F.softplus(m.a_proj(x).to(wide) + m.dt_bias.to(wide))  # (B, T, H)
-        beta = m.b_proj(x).to(wide).sigmoid()
-        if real is not None:  # padding neither decays nor writes
-            g, beta = (y * real.unsqueeze(-1) for y in (g, beta))
-        o, S = kernels.gated_delta_rule(
-            q, k, v.unflatten(-1, (H, V)), g=g, beta=beta, initial_state=memory.S, backend=self.backend
-        )
-        memory = Memory(S=S, conv=newest(values, memory.conv, m.taps - 1))
-        if write_only:
-            return None, memory
-        o = m.o_norm(o, m.g_proj(x).unflatten(-1, (H, V)))
-        return m.o_proj(o.flatten(2)), memory
+        return q, k, v, m.g_proj(x), m.b_proj(x), m.a_proj(x), newest(values, memory.conv, m.taps - 1)
 
 
 @family("jet_nemotron")

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import device as machine
 from ..records import write_atomically
+from ..tasks.gsm_infinite.tokens import padding as padding_of
 from .adapter import FAMILIES, Insert
 from .files import check_memory, fetch, read_json
 from .hybrids import Plain
@@ -69,33 +71,60 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    folder = fetch(source, revision, trust_remote_code)
     target = machine.find_device(device)
-    own = read_own(folder)
-    if own:
-        given = dict(loop=loop, insert=insert, lora=lora, padding=padding)
-        if odd := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"{odd[0]}: {folder} was saved with settings of its own; leave it out")
-        loop, padding = tuple(own["loop"]), own["padding"]
-        insert = own["insert"] and Insert(**own["insert"])
-        lora = own["lora"] and LoRA(**own["lora"])
-    base = folder if own is None or own["base"] is None else fetch(*own["base"], trust_remote_code)
-    check_memory(base, DTYPES[dtype], target)
-    original = load_original(base, DTYPES[dtype], trust_remote_code)
-    tokenizer = load_tokenizer(base, trust_remote_code)
+    given = dict(loop=loop, insert=insert, lora=lora, padding=padding)
+    found = resolve(source, revision, trust_remote_code, **given)
+    check_memory(found.base, DTYPES[dtype], target)
+    original = load_original(found.base, DTYPES[dtype], trust_remote_code)
+    tokenizer = load_tokenizer(found.base, trust_remote_code)
     if tokenizer is not None:
         check_tokenizer(tokenizer, original.config.get_text_config().vocab_size)
-    if padding is None and own is None and tokenizer is not None:
-        end = tokenizer.eos_token_id
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id != end else None
-    model = adapt(original.to(target), loop=loop, insert=insert, padding=padding, backend=backend)
+    lora, options = found.settings.pop("lora"), found.settings
+    if options["padding"] is None and not found.saved and tokenizer is not None:
+        options["padding"] = padding_of(tokenizer, alone=True)
+    model = adapt(original.to(target), backend=backend, **options)
     if lora is not None:
         add_lora(model, lora)
-    if own:
-        load_own(model, folder)
-    model.tokenizer = tokenizer
-    model.source = (str(source), revision) if own is None else own["base"]
+    if found.saved:
+        load_own(model, found.folder)
+    model.tokenizer, model.source = tokenizer, found.origin
     return model.eval()
+
+
+class Found(NamedTuple):
+    """What a source turns out to be.
+
+    Attributes
+    ----------
+    folder, base : Path
+        Where the files of the source are, and those of transformers: the original's.
+    settings : dict
+        ``loop``, ``insert``, ``lora`` and ``padding``: those given or, if it was `saved`, those of then.
+    saved : bool
+        Whether :func:`save` has written the folder.
+    origin : (str, str or None) or None
+        Source and revision of the original, if it is known.
+    """
+
+    folder: Path
+    base: Path
+    settings: dict
+    saved: bool
+    origin: tuple | None
+
+
+def resolve(source, revision=None, trust_remote_code=False, weights=True, **given):
+    """Find the files of a source, fetched with `weights` or without, and its settings: a :class:`Found`."""
+    folder = fetch(source, revision, trust_remote_code, weights)
+    own = read_own(folder)
+    if own is None:
+        return Found(folder, folder, given, False, (str(source), revision))
+    if odd := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{odd[0]}: {folder} was saved with settings of its own; leave it out")
+    settings = dict(loop=tuple(own["loop"]), padding=own["padding"])
+    settings |= {name: own[name] and kind(**own[name]) for name, kind in (("insert", Insert), ("lora", LoRA))}
+    base = folder if own["base"] is None else fetch(*own["base"], trust_remote_code, weights)
+    return Found(folder, base, settings, True, own["base"] and tuple(own["base"]))
 
 
 def adapt(original, **options):
@@ -121,6 +150,7 @@ def adapt(original, **options):
 
     Chapter: 16_pretrained
     """
+    enter_ours()
     kind = original.config.model_type
     known = FAMILIES.get(kind)
     try:
@@ -171,13 +201,17 @@ def read_own(folder):
     return found
 
 
+def enter_ours():
+    """Tell transformers, and ``FAMILIES``, of the models that transformers does not have."""
+    from . import jet, ouro  # noqa: F401
+
+
 def load_original(folder, dtype, trust_remote_code):
     """The model of a folder, by transformers; an error unless every weight is found."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from . import jet, ouro  # noqa: F401  transformers hears of them
-
+    enter_ours()
     settings = read_json(folder / "config.json", "it is no folder of a model of transformers")
     native = settings.get("model_type") in CONFIG_MAPPING
     if not native and not trust_remote_code:
@@ -242,9 +276,8 @@ def save(model, folder, *, base=True):
 
     Chapter: 16_pretrained
     """
-    folder, source = Path(folder), getattr(model, "source", None)
-    lora, tokenizer = getattr(model, "lora", None), getattr(model, "tokenizer", None)
-    if not base and source is None:
+    folder, lora = Path(folder), model.lora
+    if not base and model.source is None:
         raise ValueError("base: nobody knows where the original came from; save it too, with base=True")
     if not base and any(p.requires_grad for p in model.original_parameters()):
         raise ValueError("base: the original's weights may have been trained; save them too, with base=True")
@@ -254,11 +287,11 @@ def save(model, folder, *, base=True):
         if base:
             weights = without_lora(model.original.state_dict())
             model.original.save_pretrained(part, state_dict=weights)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(part)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(part)
         added = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if model.is_added(k)}
         save_file(added, part / OWN_WEIGHTS)
-        notes = model.settings() | dict(lora=lora and vars(lora), base=None if base else source)
+        notes = model.settings() | dict(lora=lora and vars(lora), base=None if base else model.source)
         write_atomically(part / OWN, json.dumps(notes, indent=1).encode())
         folder.mkdir(exist_ok=True)
         for file in sorted(part.iterdir(), key=lambda file: file.name == OWN):  # the settings last

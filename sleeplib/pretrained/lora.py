@@ -47,7 +47,7 @@ def add_lora(model, lora):
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install 'sleeplib[pretrained]'") from error
-    if getattr(model, "lora", None) is not None:
+    if model.lora is not None:
         raise ValueError("lora: the model has low-rank differences already")
     names = [
         name

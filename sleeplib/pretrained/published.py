@@ -3,7 +3,7 @@
 import torch
 
 from .adapter import Insert
-from .loading import DTYPES, adapt
+from .loading import DTYPES, adapt, enter_ours
 from .lora import add_lora
 
 # The settings of their config.json that say what a model is made of.
@@ -85,8 +85,7 @@ def on_meta(config, *, lora=None, dtype="float32", **options):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from . import jet, ouro  # noqa: F401  transformers hears of them
-
+    enter_ours()
     if isinstance(config, str):
         if config not in PUBLISHED:
             raise ValueError(f"config: {config!r} is not known here; there are {', '.join(PUBLISHED)}")

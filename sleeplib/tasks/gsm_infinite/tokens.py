@@ -51,9 +51,13 @@ def reader(tokenizer, words):
     return ids
 
 
-def padding(tokenizer):
-    """The id of padding: the tokenizer's own, or its end of text, or 0, which is ours."""
-    for name in ("pad_token_id", "eos_token_id"):
-        if isinstance(getattr(tokenizer, name, None), int):
-            return getattr(tokenizer, name)
-    return 0
+def padding(tokenizer, alone=False):
+    """The id of padding: the tokenizer's own, or its end of text, or 0, which is ours.
+
+    With `alone`, for texts in which an end is to be read, the tokenizer's own if it is nothing else, or None.
+    """
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    own, end = (i if isinstance(i, int) else None for i in ids)
+    if alone:
+        return own if own != end else None
+    return next((i for i in (own, end) if i is not None), 0)
