@@ -177,8 +177,10 @@ def test_a_click_on_a_solutions_title_opens_it_and_does_not_leave(visit):
 def test_sliders_move_by_keyboard(visit):
     page = visit("book/08_sleep")
     figure = page.locator("figure.sl-frames").first
-    figure.locator("input").focus()
+    slider = figure.get_by_role("slider", name="Passes", exact=True)
+    slider.focus()
     page.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == figure.locator("output").inner_text() == "2"
     shown = figure.locator("img").evaluate_all("all => all.map((one) => one.style.display !== 'none')")
     assert shown.index(True) == 1 and sum(shown) == 1
 
