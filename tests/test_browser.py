@@ -259,8 +259,11 @@ def test_print_hides_nothing(visit):
         .filter((box) => box.scrollWidth > box.clientWidth + 1).length""")
 
 
+PAGES = ["intro", "lab", "03_fast_weights", "11_rule110", "15_argument", "api", "references"]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["intro", "lab", "03_fast_weights", "11_rule110", "15_argument", "api"])
+@pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_nothing_serious(visit, name, theme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = visit(f"book/{name}", theme=theme)
