@@ -4,11 +4,11 @@ import hashlib
 import html
 import json
 import os
+import re
 
 from .plots import img
 
-# The whole behaviour: show the frame that the slider names, say its label. It needs no identifier, so that a
-# page may hold any number of sliders.
+# The whole behaviour: show the frame that the slider names, say its label.
 _ON_INPUT = (
     "const f=this.closest('figure'),n=+this.value;"
     "f.querySelectorAll('img').forEach((p,i)=>{p.style.display=i===n?'':'none'});"
@@ -66,19 +66,23 @@ class FrameSlider:
         self.pictures, self.labels, self.title = pictures, labels, title
 
     def _repr_html_(self):
-        identity = hashlib.sha256("\n".join([self.title, *self.labels]).encode()).hexdigest()[:8]
+        # A page may hold any number of sliders, so each has a name of its own; pixels are left out of it.
+        words = [self.title, *self.labels, *(re.sub('src="[^"]*"', "", p) for p in self.pictures)]
+        identity = f"frames-{hashlib.sha256(chr(10).join(words).encode()).hexdigest()[:8]}"
         title, first = html.escape(self.title), html.escape(self.labels[0])
         hidden = [p.replace('style="', 'style="display:none;', 1) for p in self.pictures[1:]]
         return (
-            f'<figure class="sl-frames" id="frames-{identity}" style="margin:1em 0;max-width:100%" '
+            f'<figure class="sl-frames" id="{identity}" style="margin:1em 0;max-width:100%" '
             f'data-labels="{html.escape(json.dumps(self.labels))}">'
             f"{self.pictures[0]}{''.join(hidden)}"
-            '<label style="display:flex;flex-wrap:wrap;gap:.5em 1em;align-items:center">'
-            f"<span>{title}: <output>{first}</output></span>"
-            f'<input type="range" min="0" max="{len(self.labels) - 1}" step="1" value="0" autocomplete="off" '
-            f'aria-label="{title}" aria-valuetext="{first}" style="flex:1 1 12em;min-height:2.5em" '
+            '<div class="sl-control" style="display:flex;flex-wrap:wrap;gap:.5em 1em;align-items:center">'
+            f'<span><label for="{identity}-at">{title}</label>: '
+            # Silent: the slider itself announces its value.
+            f'<output for="{identity}-at" aria-live="off">{first}</output></span>'
+            f'<input id="{identity}-at" type="range" min="0" max="{len(self.labels) - 1}" step="1" value="0" '
+            f'autocomplete="off" aria-valuetext="{first}" style="flex:1 1 12em;min-height:2.5em" '
             f'oninput="{html.escape(_ON_INPUT)}">'
-            "</label></figure>"
+            "</div></figure>"
         )
 
     def __repr__(self):
@@ -180,7 +184,7 @@ class Prediction:
         return f"{self.title} (a guess, then the measured values of {len(self.labels)} points)"
 
 
-def interact_or_frames(draw, name, values, alt, live=None, **options):
+def interact_or_frames(draw, name, values, alt, live=None, title=None, **options):
     """Show `draw` under a slider: frames for everyone, and `ipywidgets.interact` where a kernel is live.
 
     Parameters
@@ -195,6 +199,8 @@ def interact_or_frames(draw, name, values, alt, live=None, **options):
         Alt text; a callable takes the value.
     live : optional
         What `interact` moves over, finer than `values` perhaps, such as ``(0, 32)``; `values` if absent.
+    title : str, optional
+        Names the slider to a reader; `name` if absent.
     **options
         ``colors`` and ``dpi`` of :func:`sleeplib.plots.picture`.
     """
@@ -202,7 +208,7 @@ def interact_or_frames(draw, name, values, alt, live=None, **options):
 
     values = list(values)
     texts = [alt(v) if callable(alt) else f"{alt} {name} = {v}" for v in values]
-    display(frame_slider([draw(v) for v in values], values, texts, name, **options))
+    display(frame_slider([draw(v) for v in values], values, texts, title or name, **options))
     if building():
         return
     import ipywidgets
@@ -212,7 +218,7 @@ def interact_or_frames(draw, name, values, alt, live=None, **options):
         display(draw(moved[name]))
         plt.close("all")
 
-    control = ipywidgets.SelectionSlider(options=values, description=name) if live is None else live
+    control = ipywidgets.SelectionSlider(options=values, description=title or name) if live is None else live
     ipywidgets.interact(picture, **{name: control})
 
 

@@ -268,3 +268,15 @@ def test_goals_a_summary_and_five_answered_questions(source):
 def test_code_fits_the_page(source):
     for cell in code_cells(builder.assemble(source))[1:]:
         assert max(map(len, cell.source.splitlines())) <= 84, cell.source[:200]
+
+
+def test_chapter_5_says_who_wins_on_its_clock():
+    """Timings differ from build to build; the words must be those of the build that is on the page."""
+    notebook = nbformat.read(ROOT / "book" / "05_chunks.ipynb", as_version=4)
+    printed = "".join(o.get("text", "") for c in code_cells(notebook) for o in c.outputs)
+    rows = re.findall(r"S +(\d+) x +\d+, ms:.*Numba loop +([\d.]+), PyTorch chunks +([\d.]+)", printed)
+    assert [int(K) for K, _, _ in rows] == [16, 32, 64, 128] * 2
+    chunks_win = {(int(K), float(chunks) < float(loop)) for K, loop, chunks in rows}
+    assert chunks_win == {(16, False), (32, False), (64, False), (128, True)}
+    page = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert "the chunks take less time than the loop, forward and in training" in page

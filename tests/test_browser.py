@@ -177,8 +177,10 @@ def test_a_click_on_a_solutions_title_opens_it_and_does_not_leave(visit):
 def test_sliders_move_by_keyboard(visit):
     page = visit("book/08_sleep")
     figure = page.locator("figure.sl-frames").first
-    figure.locator("input").focus()
+    slider = figure.get_by_role("slider", name="Passes", exact=True)
+    slider.focus()
     page.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == figure.locator("output").inner_text() == "2"
     shown = figure.locator("img").evaluate_all("all => all.map((one) => one.style.display !== 'none')")
     assert shown.index(True) == 1 and sum(shown) == 1
 
@@ -211,6 +213,37 @@ def test_the_lab_by_touch_and_by_keyboard(visit, size, options):
     assert re.search(r"\d+\.\d %", lab.locator(".lab-result").inner_text()) and not page.faults
 
 
+MOMENT = "document.getElementById('nap-moment').value"
+
+
+def test_the_moving_picture_moves_and_pauses_by_keyboard(visit):
+    page = visit("book/intro")
+    page.locator("#nap .nap-stage").scroll_into_view_if_needed()
+    page.wait_for_function(f"{MOMENT} >= 3")  # it starts by itself
+    assert page.evaluate("document.querySelectorAll('#nap .nap-full').length") >= 2
+    page.locator("#nap button").focus()
+    page.keyboard.press("Enter")
+    stopped = page.evaluate(MOMENT)
+    page.wait_for_timeout(1500)
+    assert page.evaluate(MOMENT) == stopped and page.locator("#nap button").inner_text() == "Play"
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{MOMENT} != {stopped}")
+    page.locator("#nap-moment").press("End")
+    assert "The model says" in page.locator("#nap-moment").get_attribute("aria-valuetext")
+    assert "emptied" in page.locator("#nap .nap-stage").get_attribute("aria-label") and not page.faults
+
+
+def test_the_moving_picture_stands_still_where_motion_is_unwanted(visit):
+    page = visit("book/intro", PHONE, reduced_motion="reduce")
+    page.locator("#nap .nap-stage").scroll_into_view_if_needed()
+    first = page.evaluate(MOMENT)
+    page.wait_for_timeout(2500)  # the first wait is 1.5 s
+    assert page.evaluate(MOMENT) == first and "The model says" in page.locator("#nap .nap-said").inner_text()
+    drawn = page.evaluate("""() => { const c = document.querySelector('#nap canvas');
+        return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((x) => x).length }""")
+    assert drawn > 1000
+
+
 def test_print_hides_nothing(visit):
     page = visit("book/08_sleep", theme="dark")
     page.emulate_media(media="print")
@@ -226,8 +259,11 @@ def test_print_hides_nothing(visit):
         .filter((box) => box.scrollWidth > box.clientWidth + 1).length""")
 
 
+PAGES = ["intro", "lab", "03_fast_weights", "11_rule110", "15_argument", "api", "references"]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["intro", "lab", "03_fast_weights", "11_rule110", "15_argument", "api"])
+@pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_nothing_serious(visit, name, theme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = visit(f"book/{name}", theme=theme)

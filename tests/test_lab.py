@@ -1,7 +1,11 @@
-"""The sleep lab: the model in plain JavaScript gives the numbers of sleeplib, alone and in a browser."""
+"""The sleep lab: the model in plain JavaScript gives the numbers of sleeplib, alone and in a browser.
+
+And the run that the home page shows is one of sleeplib, and as its words say.
+"""
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from html import unescape
@@ -78,3 +82,45 @@ def test_the_lab_answers_in_a_browser_without_a_server(site):
 def test_the_models_of_the_lab_are_small():
     files = [kept_model_path(f"rule110-quick/N{n}-seed0") / "model.safetensors" for n in (1, 4)]
     assert sum(file.stat().st_size for file in files) * 4 / 3 < 2_000_000  # as base64
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """What the home page's moving picture shows."""
+    return json.loads((ROOT / "data" / "chapters" / "intro.json").read_text())["result"]
+
+
+def test_the_home_pages_run_is_that_of_sleeplib(shown):
+    now = runpy.run_path(ROOT / "book" / "intro.py")["record"]()
+    rest = [{k: v for k, v in run.items() if k not in ("moments", "exact")} for run in (now, shown)]
+    assert rest[0] == rest[1] and abs(now["exact"] - shown["exact"]) <= 0.002
+    for ours, theirs in zip(now["moments"], shown["moments"], strict=True):
+        assert [ours[k] for k in ("kind", "cache")] == [theirs[k] for k in ("kind", "cache")]
+        assert abs(ours["change"] - theirs["change"]) < 0.002
+        assert np.allclose(ours.get("woken", []), theirs.get("woken", []), atol=0.002)
+        steps = [np.frombuffer(m["S"].encode(), np.uint8).astype(int) for m in (ours, theirs)]
+        assert abs(steps[0] - steps[1]).max() <= 1, "in steps of 0.02"
+
+
+def test_the_home_pages_words_fit_its_run(shown):
+    page = " ".join((ROOT / "book" / "intro.md").read_text().split())
+    naps = [[m for m in shown["moments"] if m.get("number", 0) > first] for first in (0, 1)]
+    for nap in (naps[1][:3], naps[1][3:]):  # passes 2 to 4 on each window
+        assert [m["change"] for m in nap] == sorted((m["change"] for m in nap), reverse=True)
+    shares = [[abs(1 - label - p) for label, p in zip(shown["labels"], m["woken"])] for m in naps[0][4:]]
+    assert [[p > 0.5 for p in row] for row in shares] == [[True, False]] * 2 + [[True, True]] * 2
+    one, two = (100 * row[1] for row in shares[:2])
+    for words in (
+        "three more passes over it change S again, each less than the one before",
+        "after two passes over the second window the model would give the right answer about the first",
+        "after three and after four it gives both",
+        f"wrong after one pass ({one - 0.05:.1f} %) and after two ({two:.0f} %)",  # the picture rounds down
+        f"right in {100 * shown['exact']:.0f} of 100 such pairs",
+        f"Guessing would get {100 * shown['guessing']:.0f}.",
+    ):
+        assert words in page, words
+
+
+def test_the_moving_picture_is_small():
+    files = [ROOT / "data" / "chapters" / "intro.json", ROOT / "book" / "_assets" / "nap" / "nap.js"]
+    assert sum(len(file.read_bytes()) for file in files) < 150_000

@@ -43,7 +43,11 @@ def test_frames_labels_and_alt_texts():
     assert all(i["src"].startswith("data:image/webp;base64,") for i in images)
     control = soup.find("input")
     assert control["type"] == "range" and (control["min"], control["max"]) == ("0", "2")
-    assert control["aria-label"] == 'A "line" & time' and control["aria-valuetext"] == "t = 0"
+    assert control["aria-valuetext"] == "t = 0"
+    label, output = soup.find("label"), soup.find("output")
+    assert [label["for"]] == output["for"] == [control["id"]]
+    assert label.text == 'A "line" & time' and not label.find("output"), "a name, without the value"
+    assert control["id"] != BeautifulSoup(page(2), "html.parser").find("input")["id"]
     assert json.loads(soup.find("figure")["data-labels"]) == ["t = 0", "t = 1", "t = 2"]
     assert soup.find("output").text == "t = 0"
 
@@ -114,8 +118,9 @@ def test_interact_or_frames_shows_frames_without_a_kernel(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *a, **k: shown.extend(a))
     monkeypatch.setattr("ipywidgets.interact", lambda *a, **k: pytest.fail("no kernel is live"))
-    widgets.interact_or_frames(draw, "t", range(2), alt="A line at")
+    widgets.interact_or_frames(draw, "t", range(2), alt="A line at", title="Time")
     (slider,) = shown
+    assert BeautifulSoup(slider._repr_html_(), "html.parser").label.text == "Time"
     assert "2 frames" in repr(slider) and 'alt="A line at t = 1"' in slider._repr_html_()
 
 

@@ -12,6 +12,9 @@ for (const arrow of document.querySelectorAll(".bd-sidebar-primary summary")) {
   arrow.setAttribute("aria-label", `Pages under ${chapter.textContent.trim()}`);
 }
 
+// The works of a list of references are its items; their role of old is no child of a list.
+for (const work of document.querySelectorAll('.citation[role="doc-biblioentry"]')) work.setAttribute("role", "listitem");
+
 // A formula that is wider than the page scrolls, by keyboard too.
 addEventListener("load", () => window.MathJax?.startup?.promise?.then(() => {
   for (const formula of document.querySelectorAll('mjx-container[display="true"]')) {

@@ -1,4 +1,4 @@
-"""Sphinx extension: the trained models of the sleep lab, from data/checkpoints into the built site."""
+"""Sphinx extension: what the sleep lab and the home page's picture show, from data/ into the built site."""
 
 import base64
 import json
@@ -21,6 +21,17 @@ def write_models(app, error):
     (out / "models.js").write_text(f"const SLEEP_LAB_MODELS = {json.dumps(models)};\n")
 
 
+def write_nap(app, error):
+    """Write ``_static/nap/record.js``, the run of ``data/chapters/intro.json`` for the moving picture."""
+    if error or app.builder.format != "html":
+        return
+    made = json.loads((Path(app.srcdir) / "data" / "chapters" / "intro.json").read_text())
+    out = Path(app.outdir) / "_static" / "nap"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "record.js").write_text(f"const NAP = {json.dumps(made['result'])};\n")
+
+
 def setup(app):
     app.connect("build-finished", write_models)
+    app.connect("build-finished", write_nap)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
