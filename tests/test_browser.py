@@ -139,6 +139,18 @@ def test_both_menus_open_by_touch(visit, size):
     assert "#" in page.url and not page.faults
 
 
+def test_wide_all_columns_of_a_table_and_of_a_line_of_code_are_in_sight(visit):
+    page = visit("book/notation")
+    hidden = """() => [...document.querySelectorAll(".bd-article table")]
+      .filter((table) => table.scrollWidth > table.parentElement.clientWidth + 1).length"""
+    assert page.locator(".bd-article table").count() == 3 and not page.evaluate(hidden)
+    page = visit("book/08_sleep")
+    page.locator(".bd-article .cell:not(.tag_hide-input) .cell_input pre").first.evaluate(
+        "box => { box.textContent = 'x'.repeat(84); box.id = 'wide' }"  # as wide as a cell may be
+    )
+    assert page.evaluate("wide.scrollWidth <= wide.clientWidth")
+
+
 @pytest.fixture
 def server(site):
     """The pages over HTTP: a search shows excerpts, which a browser does not fetch from files."""
