@@ -43,7 +43,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const asked = el("p");
   const stage = el("div", { class: "nap-stage", role: "img", "aria-label": root.dataset.alt },
     ...rings, el("div", { class: "nap-row nap-cache" }, el("b", {}, "cache"), ...notes),
-    el("p", {}, `fast weights S: ${blocks} blocks, ${H} heads each (blue +, red −)`), canvas, asked, ...bars);
+    el("p", {}, `fast weights S: ${blocks} blocks, ${H} heads each (red +, blue −)`), canvas, asked, ...bars);
   const button = el("button", { type: "button" });
   const slider = el("input", { type: "range", min: 0, max: frames.length - 1, id: "nap-moment", autocomplete: "off" });
   const text = el("p", { class: "nap-said" });
@@ -67,13 +67,13 @@ document.addEventListener("DOMContentLoaded", () => {
     });
   }
 
-  // One pixel a number: blue for positive, red for negative, clear for zero, so that it fits both themes.
+  // One pixel a number, in the colours of the chapters: red for positive, blue for negative, clear for zero in both themes.
   function drawS(S) {
     const draw = canvas.getContext("2d"), image = draw.createImageData(canvas.width, canvas.height);
     for (let n = 0; S && n < S.length; n++) {
       const head = Math.floor(n / (K * V)) % H, block = Math.floor(n / (H * K * V)), i = Math.floor(n / V) % K, j = n % V;
       const x = (S.charCodeAt(n) - 35) / levels - 1; // "#" is -1
-      image.data.set([...(x > 0 ? [46, 134, 222] : [222, 74, 40]), 255 * Math.abs(x)], 4 * ((block * (K + 2) + i) * canvas.width + head * (V + 2) + j));
+      image.data.set([...(x > 0 ? [222, 74, 40] : [46, 134, 222]), 255 * Math.abs(x)], 4 * ((block * (K + 2) + i) * canvas.width + head * (V + 2) + j));
     }
     draw.putImageData(image, 0, 0);
   }
