@@ -249,16 +249,18 @@ taught = {
     "insert-all": (last | inserted, "fast-weight blocks inserted into the transformer, everything at once"),
     "insert-warmup": (last | inserted | dict(trains="fast-then-all"), "the same, fast-weight blocks first"),
 }
-best = {  # arm: the rates of the comparison, the best of seed 0 for N = 1 and for N = 4, once a sweep is done
-    "scratch": "1.6e-2",
+best = {  # arm: the rates of the comparison, the best of seed 0 for N = 1 and for N = 4
+    "scratch": "1.6e-2 4e-3",
     "all": "8e-3 4e-3",
     "warmup": "1.6e-2 4e-3",
+    "insert-all": "8e-3 1.6e-2",
+    "insert-warmup": "1.6e-2",
 }
 for arm, (settings, about) in taught.items():
     for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"):
         name = f"gsm_infinite-taught-{arm}-{rate}"
         changed = dataclasses.replace(train, muon_lr=float(rate), **settings)
-        parts = dict(passes=(1, 4), seeds=(0, 1, 2, 3) if rate in best.get(arm, "").split() else (0,))
+        parts = dict(passes=(1, 4), seeds=(0, 1, 2, 3) if rate in best[arm].split() else (0,))
         _add(name, task, changed, f"learning to sleep: {about}; Muon's rate {rate}", **parts, **small)
 name, parts = "gsm_infinite-taught-scratch-1.6e-2", dict(passes=(1,), seeds=(1, 2, 3))
 about = f"{name} without sleep, run on for the training FLOPs of N = 4"
