@@ -45,7 +45,7 @@ test: $(STAMP)  ## lint, unit and property tests, the built site, and every chap
 test-colab:  ## run the notebooks of colab/ under Colab's versions, in a folder with nothing else (FILES=colab/01*)
 	test -x $(COLAB) || $(PYTHON) -m venv .venv-colab
 	$(COLAB) -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(COLAB) -m pip install -q -c constraints/colab.txt . ipykernel ipywidgets matplotlib pandas pillow seaborn nbval
+	$(COLAB) -m pip install -q -c constraints/colab.txt '.[pretrained]' ipykernel ipywidgets matplotlib pandas pillow seaborn nbval
 	set -e; folder=$$(mktemp -d); cp $(FILES) $$folder; cd $$folder; $(THREADS) MPLBACKEND=agg \
 		$(abspath $(COLAB)) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env .
 

@@ -6,6 +6,7 @@ links, exercises and boxes would show as raw text.  Checks, solutions and drawin
 
 import re
 import sys
+import tomllib
 
 import nbformat
 import yaml
@@ -24,6 +25,14 @@ if importlib.util.find_spec("sleeplib") is None:
     done = subprocess.run(command, capture_output=True, text=True)
     why = (done.stderr.strip() or "no message").splitlines()[-1]
     print("sleeplib is ready" if done.returncode == 0 else f"sleeplib could not be installed: {{why}}")"""
+MORE = """
+
+# The models of this chapter come from transformers. What you have stays, if it is new enough.
+command = [sys.executable, "-m", "pip", "install", "--quiet", {wanted}]
+done = subprocess.run(command, capture_output=True, text=True)
+if done.returncode != 0:
+    why = (done.stderr.strip() or "no message").splitlines()[-1]
+    print(f"transformers could not be installed: {{why}}")"""
 FOLDED = {  # by tag, the first that fits
     "exercise-solution": "Solution (double-click to see it)",
     "exercise-mistake": "A likely mistake (double-click to see it)",
@@ -38,6 +47,8 @@ class Converter:
     def __init__(self):
         repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
         self.setup = SETUP.format(**repository)
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        self.more = MORE.format(wanted=", ".join(f'"{name}"' for name in extras["pretrained"]))
         self.base = f"{repository['url']}/blob/{repository['branch']}"
         self.bibliography = parse_file(str(ROOT / "book" / "references.bib")).entries
         self.titles = {source.stem: title(source.read_text()) for source in sources()}
@@ -93,6 +104,8 @@ class Converter:
     def __call__(self, source):
         """The runner's notebook of a chapter's source."""
         notebook, cells, first = assemble(source), [], True
+        code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        setup = self.setup + (self.more if "import transformers" in code else "")
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = self.markdown(cell.source)
@@ -102,7 +115,7 @@ class Converter:
                 tags = cell.metadata.pop("tags", [])
                 name = next((FOLDED[tag] for tag in FOLDED if tag in tags), None)
                 if first:
-                    cell.source, first = self.setup, False
+                    cell.source, first = setup, False
                 elif name:
                     cell.source = f"#@title {name}\n{cell.source}"
                     cell.metadata.cellView = "form"

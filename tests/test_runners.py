@@ -53,6 +53,13 @@ def test_the_first_cell_says_in_one_line_what_went_wrong(convert, capsys):
     assert capsys.readouterr().out == "sleeplib could not be installed: ERROR: no network\n"
 
 
+def test_a_chapter_on_transformers_brings_them(convert):
+    for source in sources():
+        first = next(cell.source for cell in convert(source).cells if cell.cell_type == "code")
+        assert first == convert.setup + (convert.more if source.stem == "16_pretrained" else "")
+    assert '"transformers>=5", "peft' in convert.more and "--upgrade" not in convert.more
+
+
 def test_what_does_not_exist_is_refused(convert):
     with pytest.raises(ValueError, match="there is no page 'nowhere'"):
         convert.inline("{doc}`there <nowhere>`")
