@@ -218,6 +218,8 @@ def test_a_bad_request_is_refused():
         task.solve(torch.full((1, task.length), -1))
     with pytest.raises(TypeError, match="inputs must be an int64 tensor; got torch.float32"):
         task.solve(torch.zeros(1, task.length))
+    with pytest.raises(TypeError, match="inputs must be an int64 tensor; got Tensor"):
+        task.solve(torch.zeros(1, task.length, dtype=torch.int64, device="meta"))
     with pytest.raises(TypeError, match="inputs must be an int64 tensor; got NoneType"):
         task.solve(None)
     with pytest.raises(ValueError, match="count must be an int in 1 .. 10000000; got True"):
