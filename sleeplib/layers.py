@@ -16,6 +16,7 @@ C       channels of a convolution    o       what the fast weight answers, (B, T
 """
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -186,7 +187,9 @@ def attend(q, k, v, sliding_window=None, ages=None):
         mask = (age >= 0) if whole else (age >= 0) & (age < sliding_window)
         mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # one for all heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    slow = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")  # PyTorch's way back in bfloat16 on a CPU
+    with torch.autocast("cpu", enabled=False) if slow else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
     return y.transpose(1, 2)
 
 

@@ -5,8 +5,9 @@ backend     what it is
 ==========  ==============================================================================
 reference   Numba loops, forward and analytic backward (CPU); reads like the equations
 chunked     the WY form in PyTorch, any device; matrix products instead of a token loop
+wy          the same with loops between the products and an analytic backward (CPU)
 fla         flash-linear-attention's Triton kernels (CUDA, optional)
-auto        reference for small states on the CPU, chunked for the rest
+auto        reference for small states or few tokens on the CPU, wy for others, chunked elsewhere
 ==========  ==============================================================================
 
 ``naive.py`` holds the plain PyTorch that every kernel here is a faster form of.  After ``use_numba(False)``
@@ -19,7 +20,8 @@ from contextlib import nullcontext
 import torch
 
 from ..checks import check_tensor, finite_number
-from . import chunked, fla, reference
+from ..device import multiplies_bfloat16
+from . import chunked, fla, reference, wy
 from .attention import apply_rotary, softmax_attention
 from .convolution import causal_convolution, prepend_context
 from .gate import swiglu
@@ -30,8 +32,9 @@ __all__ = ["apply_rotary", "causal_convolution", "compiled", "gated_delta_rule",
 __all__ += ["l2_normalize", "prepend_context", "rms_norm", "softmax_attention", "split_heads", "swiglu"]
 __all__ += ["use_numba"]
 
-BACKENDS = ("auto", "reference", "chunked", "fla")
+BACKENDS = ("auto", "reference", "chunked", "wy", "fla")
 SMALL_STATE = 4096  # K * V up to which the loop beats matrix products on a CPU (python -m sleeplib bench)
+FEW_TOKENS = 8  # and tokens up to which it does so for any state
 
 
 def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backend="auto", validate=None):
@@ -55,7 +58,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
         The fast weight before the first token; zeros if absent.
     scale : float, optional
         Factor on the output, ``K ** -0.5`` if absent.
-    backend : {"auto", "reference", "chunked", "fla"}
+    backend : {"auto", "reference", "chunked", "wy", "fla"}
         Which implementation runs; all are differentiable in every tensor.
     validate : bool, optional
         Check the values of `g` too.  Defaults to True on the CPU, unless traced; elsewhere it costs a sync.
@@ -88,7 +91,7 @@ def gated_hebbian_rule(q, k, v, *, g, beta, initial_state=None, scale=None, back
 
 def _dispatch(q, k, v, g, beta, S, scale, backend, validate, delta):
     _check(q, k, v, g, beta, S, backend)
-    (B, _, H, K), V = q.shape, v.shape[3]
+    (B, T, H, K), V = q.shape, v.shape[3]
     scale = finite_number("scale", scale, K**-0.5)
     if plain(g) if validate is None else validate:
         if not bool((g <= 0).all()):
@@ -98,17 +101,19 @@ def _dispatch(q, k, v, g, beta, S, scale, backend, validate, delta):
     # Under autocast the products of a recurrence would lose the state's precision, pass by pass.
     kind = q.device.type
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # asking stops a compiler
+    low = kind == "cpu" and torch.is_autocast_enabled("cpu") and multiplies_bfloat16(q.device)
     with torch.autocast(kind, enabled=False) if known else nullcontext():
         if backend == "fla":
             o, S = fla.recurrence(q, k, v, g, beta, S, scale, delta)
         else:
             inputs = *(x.to(wide) for x in (q, k, v, g, beta)), S
             if backend == "auto":
-                backend = "reference" if K * V <= SMALL_STATE and compiled(*inputs) else "chunked"
-            if backend == "reference" and kind != "cpu" and use_numba.on:
-                raise ValueError(f"backend='reference' runs on the CPU only; q is on {q.device}")
-            run = reference.recurrence if backend == "reference" else chunked.recurrence
-            o, S = run(*inputs, scale, delta)
+                small = K * V <= SMALL_STATE or T <= FEW_TOKENS
+                backend = ("reference" if small else "wy") if compiled(*inputs) else "chunked"
+            if backend in ("reference", "wy") and kind != "cpu" and use_numba.on:
+                raise ValueError(f"backend={backend!r} runs on the CPU only; q is on {q.device}")
+            run = dict(reference=reference, chunked=chunked, wy=wy)[backend].recurrence
+            o, S = run(*inputs, scale, delta, **dict(low=low) if backend == "wy" else {})
     return o.to(v.dtype), S
 
 
