@@ -71,12 +71,12 @@ def kernels(repeats):
         )
         for x in inputs:
             x.requires_grad_()
-        both = [chunk, partial(ours, "reference"), partial(ours, "chunked")]
-        theirs, reference, chunked = in_turn([partial(_forward_backward, f) for f in both], repeats)
+        ways = [chunk, *(partial(ours, name) for name in ("reference", "chunked", "wy"))]
+        theirs, reference, chunked, wy = in_turn([partial(_forward_backward, f) for f in ways], repeats)
         print(
             f"forward and backward  {shape}: transformers chunk {theirs * 1e3:7.2f} ms, reference "
-            f"{reference * 1e3:6.2f} ms, chunked {chunked * 1e3:6.2f} ms, ratio "
-            f"{theirs / min(reference, chunked):.1f}"
+            f"{reference * 1e3:6.2f} ms, chunked {chunked * 1e3:6.2f} ms, wy {wy * 1e3:6.2f} ms, ratio "
+            f"{theirs / min(reference, chunked, wy):.1f}"
         )
 
 
@@ -128,11 +128,13 @@ def training_step(repeats, preset="rule110-quick"):
 
 STEP_PROBE = """
 import sys, statistics, time, torch, sleeplib as sl
-from sleeplib import device, layers
+from sleeplib import device, kernels, layers
 width, mode, repeats = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
-if mode == "autocast":  # what autocast does by itself: activations in bfloat16, which our kernels do not take
-    layers.project = lambda x, *all: torch.nn.functional.linear(x, torch.cat([part.weight for part in all]))
+if mode == "autocast":  # what autocast does by itself: kernels that take no bfloat16, attention in it
+    layers.low_on_cpu = lambda x: False
+    for module in (kernels.convolution, kernels.gate, kernels.norm):
+        module.compiled = lambda *tensors, low=False: kernels.compiled(*tensors)
 precision = "float32" if mode == "float32" else "bfloat16"
 experiment = sl.experiments.get("rule110-paper").replace(d_model=width, batch=64, precision=precision)
 trainer, times = sl.Trainer(experiment, 1, 0, "cpu"), []

@@ -40,14 +40,21 @@ def project(x, *layers):
     """Apply several bias-free projections to the same x (B, T, D); outputs side by side.
 
     In one product where a layer is nothing but its weight.  A layer that somebody has hooked, wrapped or
-    replaced (LoRA, quantisation, pruning) is called, as any module is.  Under autocast the product is
-    bfloat16's; on a CPU it goes on in the precision of x, which our kernels take.
+    replaced (LoRA, quantisation, pruning) is called, as any module is.  Under autocast it is in bfloat16.
     """
     if all(_is_plain(layer) for layer in layers):
-        y = F.linear(x, torch.cat([layer.weight for layer in layers]))
-    else:
-        y = torch.cat([layer(x) for layer in layers], dim=-1)
-    return y.to(x.dtype) if x.device.type == "cpu" else y
+        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def unrounded(y):
+    """What a product made under autocast on a CPU, in float32: there only our kernels take bfloat16 quickly."""
+    return y.float() if y.dtype == torch.bfloat16 and low_on_cpu(y) else y
+
+
+def low_on_cpu(x):
+    """Whether x is on a CPU, under autocast."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
 
 def _is_plain(layer):
@@ -133,7 +140,8 @@ class Attention(nn.Module):
 
         A query sees the keys of its newest `sliding_window` positions, all if None.
         """
-        q, k, v = project(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        qkv = unrounded(project(x, self.q, self.k, self.v))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         ages = self._check(memory, k)
         if memory.kv is not None:
             k, v = torch.cat((memory.kv[0], k), dim=1), torch.cat((memory.kv[1], v), dim=1)  # (B, S, H, K)
@@ -187,8 +195,7 @@ def attend(q, k, v, sliding_window=None, ages=None):
         mask = (age >= 0) if whole else (age >= 0) & (age < sliding_window)
         mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # one for all heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    slow = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")  # PyTorch's way back in bfloat16 on a CPU
-    with torch.autocast("cpu", enabled=False) if slow else nullcontext():
+    with torch.autocast("cpu", enabled=False) if low_on_cpu(q) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
     return y.transpose(1, 2)
 
@@ -302,7 +309,7 @@ class GatedDeltaNet(nn.Module):
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)  # (B, T, H (2 K + 2 V + 2))
         qkv, gate, a, b = y.split((2 * H * K + H * V, H * V, H, H), dim=-1)
         if self.dynamic:
-            qk, v = qkv.split((2 * H * K, H * V), dim=-1)
+            qk, v = unrounded(qkv).split((2 * H * K, H * V), dim=-1)
             v, conv = self.conv(v, x, memory.conv)  # (B, T, H V), (B, taps - 1, H V)
             qkv = torch.cat((F.silu(qk), v), dim=-1)  # (B, T, H (2 K + V))
         else:

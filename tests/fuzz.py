@@ -247,7 +247,7 @@ def draw_rule(rng):
     x = dict(q=normal(rng, B, T, H, K), k=normal(rng, B, T, H, K) / K**0.5 / 2, v=normal(rng, B, T, H, V))
     x |= dict(g=-normal(rng, B, T, H).exp(), beta=normal(rng, B, T, H).sigmoid())
     x |= dict(initial_state=normal(rng, B, H, K, V), scale=None)
-    return x | dict(backend=["auto", "reference", "chunked"][rng.integers(3)])
+    return x | dict(backend=["auto", "reference", "chunked", "wy"][rng.integers(4)])
 
 
 def rule_truth(delta):

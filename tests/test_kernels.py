@@ -19,9 +19,9 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 import sleeplib as sl
 from sleeplib import kernels, layers
-from sleeplib.kernels import chunked, fla, jit, reference
+from sleeplib.kernels import chunked, fla, jit, reference, wy
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "wy")
 RULES = {True: sl.gated_delta_rule, False: sl.gated_hebbian_rule}
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
@@ -221,17 +221,19 @@ def test_transformers_agrees(truth, backend):
 
 
 @pytest.mark.parametrize(
-    "K, V, backend, wanted",
+    "T, K, V, backend, wanted",
     [
-        (4, 6, "auto", "reference"),
-        (64, 64, "auto", "reference"),
-        (64, 65, "auto", "chunked"),
-        (4, 6, "chunked", "chunked"),
-        (64, 65, "reference", "reference"),
-        (4, 6, "fla", "fla"),
+        (9, 4, 6, "auto", "reference"),
+        (9, 64, 64, "auto", "reference"),
+        (8, 64, 65, "auto", "reference"),
+        (9, 64, 65, "auto", "wy"),
+        (3, 4, 6, "wy", "wy"),
+        (3, 4, 6, "chunked", "chunked"),
+        (9, 64, 65, "reference", "reference"),
+        (3, 4, 6, "fla", "fla"),
     ],
 )
-def test_the_path_that_was_asked_for_runs_once(monkeypatch, K, V, backend, wanted):
+def test_the_path_that_was_asked_for_runs_once(monkeypatch, T, K, V, backend, wanted):
     ran, honest = [], chunked.recurrence
 
     def spy(name):
@@ -241,9 +243,9 @@ def test_the_path_that_was_asked_for_runs_once(monkeypatch, K, V, backend, wante
 
         return recurrence
 
-    for name, module in (("reference", reference), ("chunked", chunked), ("fla", fla)):
+    for name, module in (("reference", reference), ("chunked", chunked), ("wy", wy), ("fla", fla)):
         monkeypatch.setattr(module, "recurrence", spy(name))
-    x = {n: z.detach() for n, z in draw(3, B=1, H=1, K=K, V=V, dtype=torch.float32).items()}
+    x = {n: z.detach() for n, z in draw(T, B=1, H=1, K=K, V=V, dtype=torch.float32).items()}
     call(sl.gated_delta_rule, x, backend=backend)
     assert ran == [wanted]
 
@@ -495,6 +497,59 @@ def test_low_precision_takes_the_other_path_to_the_same_place():
     )
     for name in low:
         close(low[name], high[name].bfloat16(), what=name)
+
+
+def test_bits_of_bfloat16_are_rounded_as_pytorch_rounds_them():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64).to(torch.int32)
+    halfway = bits & ~0xFFFF | 0x8000  # as near to one as to the other
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-45, 1e-38])
+    x = torch.cat((bits.view(torch.float32), halfway.view(torch.float32), special))
+    x = x[x.isfinite() | (x.isinf()) | (x != x) & (x.view(torch.int32) & 0x3FFFFF == 0)]  # NaN as arithmetic makes it
+
+    @njit(**jit.NUMBA_OPTIONS)
+    def there(x, low):
+        for i in range(len(x)):
+            low[i] = jit.narrow(x[i], low)
+
+    @njit(**jit.NUMBA_OPTIONS)
+    def back(low, x):
+        for i in range(len(x)):
+            x[i] = jit.wide(low[i])
+
+    low, again = np.empty(len(x), np.uint16), np.empty(len(x), np.float32)
+    there(x.numpy(), low)
+    back(low, again)
+    wanted = x.bfloat16().float()
+    found = torch.from_numpy(again)
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found[~wanted.isnan()], wanted[~wanted.isnan()])
+
+
+def test_bfloat16_kernels_are_the_equations_of_what_they_get():
+    """Values to the last bit of what they give; gradients too, and those of float32 arguments in float32."""
+    x, w, gate, context = noise(2, 9, 4, 6), noise(6), noise(2, 9, 4, 6), noise(2, 3, 24)
+    flat, taps = x.detach().flatten(2).requires_grad_(), noise(4, 24)
+    cases = dict(
+        swiglu=(kernels.swiglu, (gate,), (True,)),
+        norm=(lambda x, w, z: kernels.rms_norm(x, w, 1e-6, z), (x, w, gate), (False, False, True)),
+        conv=(lambda x, w, c: kernels.causal_convolution(x, w, c, silu=True), (flat, taps, context), (True, False, True)),
+        bare=(lambda x, w: kernels.causal_convolution(x, w), (flat, taps), (True, False)),
+    )
+    for name, (f, given, low) in cases.items():
+        given = [z.detach().bfloat16() if l else z.detach().float() for z, l in zip(given, low)]
+        given = [z.requires_grad_() for z in given]
+        exact = [z.detach().double().requires_grad_() for z in given]
+        with patch.object(kernels.naive, "swiglu", None), patch.object(kernels.naive, "causal_convolution", None):
+            ours = f(*given)
+        truth = f(*exact)
+        weight = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(ours.dtype)
+        close(ours, truth.to(ours.dtype), 4e-3 if ours.dtype == torch.bfloat16 else 1e-5, what=name)
+        found = torch.autograd.grad(ours, given, weight)
+        wanted = torch.autograd.grad(truth, exact, weight.double())
+        for a, b, z in zip(found, wanted, given):
+            assert a.dtype == z.dtype
+            close(a, b.to(a.dtype), 4e-3 if a.dtype == torch.bfloat16 else 1e-5, what=f"{name} {z.dtype}")
 
 
 @pytest.fixture

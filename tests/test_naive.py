@@ -31,7 +31,7 @@ def spy_on_launches(monkeypatch):
 
 
 @pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
-@pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "wy"])
 def test_every_backend_is_the_equations_without_numba(off, backend, delta, monkeypatch):
     launched = spy_on_launches(monkeypatch)
     x = draw(19)
@@ -98,7 +98,7 @@ def test_who_is_compiled():
 
 
 @pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
-@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "chunked", "wy", "reference"])
 def test_rules_can_be_differentiated_twice(off, backend, delta):
     x = draw(3, B=1, H=1, K=2, V=2)
 

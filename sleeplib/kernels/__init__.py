@@ -20,7 +20,6 @@ from contextlib import nullcontext
 import torch
 
 from ..checks import check_tensor, finite_number
-from ..device import multiplies_bfloat16
 from . import chunked, fla, reference, wy
 from .attention import apply_rotary, softmax_attention
 from .convolution import causal_convolution, prepend_context
@@ -101,7 +100,6 @@ def _dispatch(q, k, v, g, beta, S, scale, backend, validate, delta):
     # Under autocast the products of a recurrence would lose the state's precision, pass by pass.
     kind = q.device.type
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # asking stops a compiler
-    low = kind == "cpu" and torch.is_autocast_enabled("cpu") and multiplies_bfloat16(q.device)
     with torch.autocast(kind, enabled=False) if known else nullcontext():
         if backend == "fla":
             o, S = fla.recurrence(q, k, v, g, beta, S, scale, delta)
@@ -113,7 +111,7 @@ def _dispatch(q, k, v, g, beta, S, scale, backend, validate, delta):
             if backend in ("reference", "wy") and kind != "cpu" and use_numba.on:
                 raise ValueError(f"backend={backend!r} runs on the CPU only; q is on {q.device}")
             run = dict(reference=reference, chunked=chunked, wy=wy)[backend].recurrence
-            o, S = run(*inputs, scale, delta, **dict(low=low) if backend == "wy" else {})
+            o, S = run(*inputs, scale, delta)
     return o.to(v.dtype), S
 
 

@@ -1,10 +1,11 @@
 """Causal depthwise convolution over time in one sweep."""
 
 import numpy as np
+import torch
 
 from ..checks import check_tensor, integer
 from . import naive
-from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
+from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, strided_rows, wide
 
 BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient
 
@@ -24,7 +25,7 @@ def _filter(row, x, start, step, context, weight, t):
             continue
         tap = weight[i]
         for j in range(C):
-            row[j] += past[j] * tap[j]
+            row[j] += wide(past[j]) * tap[j]
 
 
 @numba_kernel
@@ -43,11 +44,11 @@ def _forward(first, last, x, strides, context, weight, silu, y):
 def _backward(first, last, x, strides, context, weight, silu, dy, dx, dcontext, dweight):
     B, T, C = dy.shape
     taps, one = len(weight), dy.dtype.type(1)
-    z, dz = np.empty(C, dy.dtype), np.empty(C, dy.dtype)
+    z, dz, sums = np.empty(C, dy.dtype), np.empty(C, dy.dtype), np.empty((T, C), dy.dtype)
     for block in range(first, last):
         dweight[block] = 0
         for b in range(block * BLOCK, min((block + 1) * BLOCK, B)):
-            dx[b] = 0
+            sums[:] = 0
             dcontext[b] = 0
             for t in range(T):
                 dz[:] = dy[b, t]
@@ -59,7 +60,7 @@ def _backward(first, last, x, strides, context, weight, silu, dy, dx, dcontext, 
                 for i in range(taps):
                     s = t + i - (taps - 1)
                     if s >= 0:
-                        past, dpast = x[b * strides[1] + s * strides[2] :], dx[b, s]
+                        past, dpast = x[b * strides[1] + s * strides[2] :], sums[s]
                     elif len(context[b]):
                         past, dpast = context[b, t + i], dcontext[b, t + i]
                     else:
@@ -68,13 +69,16 @@ def _backward(first, last, x, strides, context, weight, silu, dy, dx, dcontext, 
                     for c in range(C):
                         dpast[c] += dz[c] * tap[c]
                     for c in range(C):
-                        dtap[c] += dz[c] * past[c]
+                        dtap[c] += dz[c] * wide(past[c])
+            for t in range(T):
+                for c in range(C):
+                    dx[b, t, c] = narrow(sums[t, c], dx)
 
 
 class _Convolution(Differentiable):
     def forward(ctx, x, weight, context, silu):
-        y = x.new_empty(x.shape)
-        context = x.new_empty(len(x), 0, x.shape[2]) if context is None else context
+        y = weight.new_empty(x.shape)
+        context = x.new_empty(len(x), 0, x.shape[2]) if context is None else context.to(x.dtype)
         launch(_forward, -(-len(x) // BLOCK), *strided_rows(x), context, weight, silu, y)
         ctx.save_for_backward(x, weight, context)
         ctx.silu = silu
@@ -82,8 +86,8 @@ class _Convolution(Differentiable):
 
     def backward(ctx, dy):
         x, weight, context = ctx.saved_tensors
-        dx, dcontext = x.new_empty(x.shape), x.new_empty(context.shape)
-        dweight = x.new_empty(-(-len(x) // BLOCK), *weight.shape)
+        dx, dcontext = x.new_empty(x.shape), dy.new_empty(context.shape)
+        dweight = dy.new_empty(-(-len(x) // BLOCK), *weight.shape)
         given = *strided_rows(x), context, weight, ctx.silu
         launch(_backward, len(dweight), *given, dy, dx, dcontext, dweight)
         return dx, dweight.sum(0), dcontext if ctx.needs_input_grad[2] else None, None
@@ -93,7 +97,7 @@ def causal_convolution(x, weight, context=None, silu=False):
     """Filter each channel over time: ``y[t] = sum_i weight[i] * x[t - taps + 1 + i]``, then SiLU if wanted.
 
     x and y are (B, T, C), the weight is (taps, C), oldest input first, and context (B, taps - 1, C) holds the
-    inputs before the first; zeros if absent.
+    inputs before the first; zeros if absent.  Of an x in bfloat16 y is in the precision of the weight.
 
     Chapter: 06_hybrid
     """
@@ -103,7 +107,8 @@ def causal_convolution(x, weight, context=None, silu=False):
         raise ValueError(f"weight must have at least one tap; got {tuple(weight.shape)}")
     if context is not None:
         check_tensor("context", context, (len(x), len(weight) - 1, x.shape[2]), like=x)
-    run = _Convolution.apply if compiled(x, weight, context) else naive.causal_convolution
+    fast = weight.dtype != torch.bfloat16 and compiled(x, weight, context, low=True)
+    run = _Convolution.apply if fast else naive.causal_convolution
     return run(x, weight, context, bool(silu))
 
 

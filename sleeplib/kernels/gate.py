@@ -1,30 +1,32 @@
 """The gate of a feed-forward layer in one sweep."""
 
+import numpy as np
+
 from ..checks import check_tensor
 from . import naive
-from .jit import Differentiable, compiled, exp, launch, numba_kernel
+from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, wide
 
 
 @numba_kernel
 def _forward(first, last, x, y):
-    n, one = y.shape[1], y.dtype.type(1)
+    n, one = y.shape[1], np.float32(1)
     for i in range(first, last):
         gate, up = x[i, :n], x[i, n:]
         for j in range(n):
-            y[i, j] = gate[j] / (one + exp(-gate[j])) * up[j]
+            g = wide(gate[j])
+            y[i, j] = narrow(g / (one + exp(-g)) * wide(up[j]), y)
 
 
 @numba_kernel
 def _backward(first, last, x, dy, dx):
-    n, one = dy.shape[1], dy.dtype.type(1)
+    n, one = dy.shape[1], np.float32(1)
     for i in range(first, last):
         gate, up, dgate, dup, out = x[i, :n], x[i, n:], dx[i, :n], dx[i, n:], dy[i]
         for j in range(n):
-            dup[j] = one / (one + exp(-gate[j]))
-        for j in range(n):
-            dgate[j] = out[j] * up[j] * dup[j] * (one + gate[j] * (one - dup[j]))
-        for j in range(n):
-            dup[j] *= out[j] * gate[j]
+            g, d = wide(gate[j]), wide(out[j])
+            s = one / (one + exp(-g))
+            dgate[j] = narrow(d * wide(up[j]) * s * (one + g * (one - s)), dx)
+            dup[j] = narrow(d * s * g, dx)
 
 
 class _SwiGLU(Differentiable):
@@ -52,4 +54,4 @@ def swiglu(x):
     check_tensor("x", x, (..., "2 n"))
     if x.shape[-1] % 2:
         raise ValueError(f"x must have an even last axis; got {tuple(x.shape)}")
-    return _SwiGLU.apply(x) if compiled(x) else naive.swiglu(x)
+    return _SwiGLU.apply(x) if compiled(x, low=True) else naive.swiglu(x)

@@ -58,12 +58,18 @@ def plain(*tensors):
     return dense and not any([x.is_neg() for x in tensors])
 
 
-def compiled(*tensors):
-    """Whether Numba runs on these: it is on, they are plain, not empty, all float32 or all float64."""
-    dtype = tensors[0].dtype
-    if not use_numba.on or dtype not in (torch.float32, torch.float64):
+def compiled(*tensors, low=False):
+    """Whether Numba runs on these: it is on, they are plain, not empty, all float32 or all float64.
+
+    Where `low`, any of them may be bfloat16 instead, and the rest is float32.
+    """
+    kinds = {x.dtype for x in tensors if x is not None}
+    kinds = kinds - {torch.bfloat16} or {torch.float32} if low else kinds
+    if not use_numba.on or kinds not in ({torch.float32}, {torch.float64}):
         return False
-    return plain(*tensors) and all([x is None or x.dtype == dtype and x.numel() > 0 for x in tensors])
+    if low and torch.float64 in kinds and any([x is not None and x.dtype != torch.float64 for x in tensors]):
+        return False
+    return plain(*tensors) and all([x is None or x.numel() > 0 for x in tensors])
 
 
 class _Cache(FunctionCache):
@@ -114,6 +120,35 @@ def _exp(x):
     return single
 
 
+def wide(x):
+    """A number of an array: of bfloat16, which NumPy lacks and a kernel gets as its bits, the float32."""
+    return x
+
+
+@overload(wide, inline="always")
+def _wide(x):
+    if x != types.uint16:
+        return lambda x: x
+    return lambda x: np.int32(np.int32(x) << 16).view(np.float32)
+
+
+def narrow(x, y):
+    """What an array y takes for x: of bfloat16 the bits of the nearest, the even one of two."""
+    return x
+
+
+@overload(narrow, inline="always")
+def _narrow(x, y):
+    if y.dtype != types.uint16:
+        return lambda x, y: x
+
+    def bits(x, y):
+        word = np.float32(x).view(np.int32)
+        return np.uint16((word + 0x7FFF + ((word >> 16) & 1)) >> 16)
+
+    return bits
+
+
 def strided_rows(x):
     """The rows of x, along its last axis, without a copy where they lie evenly in memory.
 
@@ -150,7 +185,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
 
 def _array(x):
     """The numbers of a CPU tensor; detach() is not free, and most tensors here need none."""
-    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+    x = (x.detach() if x.requires_grad else x).contiguous()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def launch(kernel, count, *args):

@@ -1,10 +1,11 @@
 """Norms, one sweep over each row."""
 
 import numpy as np
+import torch
 
 from ..checks import check_tensor, finite_number, integer
 from . import naive
-from .jit import Differentiable, compiled, exp, launch, numba_kernel, strided_rows
+from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, strided_rows, wide
 
 BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
 
@@ -20,38 +21,39 @@ def _forward(first, last, x, strides, gate, gate_step, weight, eps, y, rstd):
             for j in range(n):
                 total += row[j] * row[j]
             r = np.sqrt(size / total)
-            for j in range(n):
-                out[j] = row[j] * r * weight[j]
             rstd[a, h] = r
-        if gate.size:
-            z, out = gate[a * gate_step :], y[a]
-            for j in range(inner * n):
-                out[j] *= z[j] / (one + exp(-z[j]))
+            if gate.size:
+                gates = gate[a * gate_step + h * n :]
+                for j in range(n):
+                    z = wide(gates[j])
+                    out[j] = narrow(row[j] * r * weight[j] * z / (one + exp(-z)), y)
+            else:
+                for j in range(n):
+                    out[j] = narrow(row[j] * r * weight[j], y)
 
 
 @numba_kernel
 def _backward(first, last, x, strides, gate, gate_step, weight, rstd, dy, dx, dgate, dweight):
     (groups, inner), n = rstd.shape, len(weight)
     size, one, many = weight.dtype.type(n), weight.dtype.type(1), max(1, BLOCK // inner)
+    s, dn = np.empty(inner * n, dx.dtype), np.empty(inner * n, dx.dtype)  # dn: of what a gate multiplies
     for block in range(first, last):
         dweight[block] = 0
         for a in range(block * many, min((block + 1) * many, groups)):
-            dn = dy[a]
+            for j in range(inner * n):
+                dn[j] = wide(dy[a, j])
             if gate.size:
-                z, s, dn = gate[a * gate_step :], dgate[a], dx[a]
+                z = gate[a * gate_step :]
                 for j in range(inner * n):
-                    s[j] = one / (one + exp(-z[j]))
-                for j in range(inner * n):
-                    dn[j] = dy[a, j] * z[j] * s[j]  # the gradient of what the gate multiplies
-                for j in range(inner * n):
-                    s[j] *= (one + z[j] * (one - s[j])) * dy[a, j]
+                    open_ = one / (one + exp(-wide(z[j])))
+                    s[j] = open_ * (one + wide(z[j]) * (one - open_)) * dn[j]
+                    dn[j] *= wide(z[j]) * open_
             for h in range(inner):
                 row, r = x[a * strides[0] + h * strides[1] :], rstd[a, h]
                 change, out = dn[h * n :], dx[a, h * n :]
                 if gate.size:
-                    s = dgate[a, h * n :]
                     for j in range(n):
-                        s[j] *= row[j] * r * weight[j]
+                        dgate[a, h * n + j] = narrow(s[h * n + j] * row[j] * r * weight[j], dgate)
                 if dweight.shape[1]:
                     for j in range(n):
                         dweight[block, j] += change[j] * row[j] * r
@@ -79,7 +81,9 @@ def _grouped(x, gate):
 class _RMSNorm(Differentiable):
     def forward(ctx, x, weight, eps, gate):
         args, shape, tasks = _grouped(x, gate)
-        y, rstd = x.new_empty(shape[0], shape[1] * x.shape[-1]), x.new_empty(shape)
+        kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+        y = x.new_empty(shape[0], shape[1] * x.shape[-1], dtype=kind)
+        rstd = x.new_empty(shape)
         launch(_forward, tasks, *args, weight, eps, y, rstd)
         ctx.save_for_backward(x, weight, rstd, gate)
         return y.view(x.shape)
@@ -88,7 +92,8 @@ class _RMSNorm(Differentiable):
         x, weight, rstd, gate = ctx.saved_tensors
         args, shape, tasks = _grouped(x, gate)
         dy = dy.reshape(shape[0], -1)
-        dx, dgate = x.new_empty(dy.shape), x.new_empty(dy.shape if gate is not None else (0, 0))
+        dx = x.new_empty(dy.shape)
+        dgate = x.new_empty(0, 0) if gate is None else gate.new_empty(dy.shape)
         dweight = x.new_empty(tasks, len(weight) if ctx.needs_input_grad[1] else 0)
         launch(_backward, len(dweight), *args, weight, rstd, dy, dx, dgate, dweight)
         dweight = dweight.sum(0) if ctx.needs_input_grad[1] else None
@@ -98,13 +103,16 @@ class _RMSNorm(Differentiable):
 def rms_norm(x, weight, eps, gate=None):
     """Rows of x (..., n) at root mean square 1, times weight (n,) and silu of gate (..., n), if there is one.
 
+    Under autocast on a CPU they come in bfloat16: what follows is a product.
+
     Chapter: 06_hybrid
     """
     check_tensor("x", x, (..., "n"))
     check_tensor("weight", weight, x.shape[-1:], like=x)
     if gate is not None:
         check_tensor("gate", gate, x.shape, like=x)
-    run = _RMSNorm.apply if x.ndim > 1 and compiled(x, weight, gate) else naive.rms_norm
+    fast = x.ndim > 1 and x.dtype == weight.dtype != torch.bfloat16 and compiled(x, weight, gate, low=True)
+    run = _RMSNorm.apply if fast else naive.rms_norm
     return run(x, weight, finite_number("eps", eps, least=0), gate)
 
 

@@ -16,8 +16,6 @@ A vector before a matrix multiplies its rows.  For the Hebbian rule L and K S dr
 numbers in [0, 1] and never a difference of sums, so none loses precision, and ``alpha = 0`` needs no care.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 
@@ -178,47 +176,45 @@ def _decay_backward(first, last, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP,
 
 
 class _WY(Differentiable):
-    def forward(ctx, q, k, v, g, beta, S, scale, delta, low):
+    def forward(ctx, q, k, v, g, beta, S, scale, delta):
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
         (B, T, H, K), V, n = q.shape, v.shape[3], q.shape[0] * q.shape[2]
         o, S, kept = v.new_empty(v.shape), S.contiguous().view(n, K, V), []
-        with rounded_products(low):
-            for start in range(0, T, CHUNK):
-                KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
-                E, U, left = (v.new_empty(n, D.shape[1], V) for _ in range(3))
-                launch(_solve, n, v, beta, start, delta, torch.bmm(KQ, S), D, a, LP, E, U, left, o)
-                kept += S, E
-                S = (S * a[:, -1:, None]).baddbmm_(KQ[:, : D.shape[1]].mT, left)
+        for start in range(0, T, CHUNK):
+            KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
+            E, U, left = (v.new_empty(n, D.shape[1], V) for _ in range(3))
+            launch(_solve, n, v, beta, start, delta, torch.bmm(KQ, S), D, a, LP, E, U, left, o)
+            kept += S, E
+            S = (S * a[:, -1:, None]).baddbmm_(KQ[:, : D.shape[1]].mT, left)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, g, beta, *kept)
-        ctx.options = scale, delta, low
+        ctx.options = scale, delta
         return o, S.view(B, H, K, V)
 
     def backward(ctx, do, dS):
         q, k, v, g, beta, *kept = ctx.saved_tensors
         (B, T, H, K), V, n = q.shape, v.shape[3], q.shape[0] * q.shape[2]
-        scale, delta, low = ctx.options
+        scale, delta = ctx.options
         do, dS = do.contiguous(), dS.reshape(n, K, V)
         dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
-        with rounded_products(low):
-            for start in reversed(range(0, T, CHUNK)):
-                E, S = kept.pop(), kept.pop()
-                KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
-                C, keys = D.shape[1], KQ[:, : D.shape[1]]
-                dU, U, X = torch.bmm(keys, dS), E.new_empty(n, C, V), E.new_empty(n, 2 * C, V)
-                launch(_gather_rows, n, do, start, D, X, dU)
-                dU.baddbmm_(LP[:, C:].mT, X[:, C:])
-                launch(_solve_backward, n, beta, start, delta, E, LP, dU, U, X, dv, dbeta)
-                dKS, dLP, dKQ = torch.bmm(U, dS.mT), torch.bmm(X, U.mT), torch.bmm(X, S.mT)
-                launch(_decay_backward, n, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP, dKQ, dg)
-                if start or ctx.needs_input_grad[5]:
-                    dS = (dS * a[:, -1:, None]).baddbmm_(KQ.mT, X)
-                dKQ.baddbmm_(dLP, keys)
-                dKQ[:, :C] += torch.bmm(dLP.mT, KQ)
-                dKQ = dKQ.view(B, H, 2, C, K).permute(2, 0, 3, 1, 4)
-                dk[:, start : start + C] = dKQ[0]
-                torch.mul(dKQ[1], scale, out=dq[:, start : start + C])
-        return dq, dk, dv, dg, dbeta, dS.view(B, H, K, V), None, None, None
+        for start in reversed(range(0, T, CHUNK)):
+            E, S = kept.pop(), kept.pop()
+            KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
+            C, keys = D.shape[1], KQ[:, : D.shape[1]]
+            dU, U, X = torch.bmm(keys, dS), E.new_empty(n, C, V), E.new_empty(n, 2 * C, V)
+            launch(_gather_rows, n, do, start, D, X, dU)
+            dU.baddbmm_(LP[:, C:].mT, X[:, C:])
+            launch(_solve_backward, n, beta, start, delta, E, LP, dU, U, X, dv, dbeta)
+            dKS, dLP, dKQ = torch.bmm(U, dS.mT), torch.bmm(X, U.mT), torch.bmm(X, S.mT)
+            launch(_decay_backward, n, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP, dKQ, dg)
+            if start or ctx.needs_input_grad[5]:
+                dS = (dS * a[:, -1:, None]).baddbmm_(KQ.mT, X)
+            dKQ.baddbmm_(dLP, keys)
+            dKQ[:, :C] += torch.bmm(dLP.mT, KQ)
+            dKQ = dKQ.view(B, H, 2, C, K).permute(2, 0, 3, 1, 4)
+            dk[:, start : start + C] = dKQ[0]
+            torch.mul(dKQ[1], scale, out=dq[:, start : start + C])
+        return dq, dk, dv, dg, dbeta, dS.view(B, H, K, V), None, None
 
 
 def _chunk(q, k, g, start, scale, delta):
@@ -231,19 +227,8 @@ def _chunk(q, k, g, start, scale, delta):
     return KQ, D, a, LP
 
 
-@contextmanager
-def rounded_products(low):
-    """Products of float32 matrices round their factors to bfloat16 inside, if `low`; sums stay float32."""
-    setting = torch.backends.mkldnn.matmul
-    before, setting.fp32_precision = setting.fp32_precision, "bf16" if low else setting.fp32_precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
-
-
-def recurrence(q, k, v, g, beta, S, scale, delta, low=False):
-    """Run the recurrence: o (B, T, H, V) and the last state (B, H, K, V); `low`: products in bfloat16."""
+def recurrence(q, k, v, g, beta, S, scale, delta):
+    """Run the recurrence: o (B, T, H, V) and the last state (B, H, K, V)."""
     if not compiled(q, k, v, g, beta, S):
         return chunked.recurrence(q, k, v, g, beta, S, scale, delta)
-    return _WY.apply(q, k, v, g, beta, S, scale, delta, low)
+    return _WY.apply(q, k, v, g, beta, S, scale, delta)
