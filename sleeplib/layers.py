@@ -48,7 +48,7 @@ def project(x, *layers):
 
 
 def unrounded(y):
-    """What a product made under autocast on a CPU, in float32: there only our kernels take bfloat16 quickly."""
+    """What a product made under autocast on a CPU, in float32: there only our loops take bfloat16 quickly."""
     return y.float() if y.dtype == torch.bfloat16 and low_on_cpu(y) else y
 
 

@@ -13,7 +13,7 @@ import torch
 
 import sleeplib as sl
 from sleeplib import algorithm, layers, training
-from sleeplib.kernels import chunked, reference
+from sleeplib.kernels import chunked, reference, wy
 from sleeplib.model import Block
 from sleeplib.tasks import depo, rule110
 
@@ -372,6 +372,11 @@ def wrong_gradient_of_g(honest, *args):
     args[-2][...] *= 1.001  # dg
 
 
+def wrong_gradient_of_the_last_g(honest, *args):
+    honest(*args)
+    args[-1][...] *= 1.001  # dg
+
+
 def round_a_float32_state(honest, *args):
     o, S = honest(*args)
     return o, S.bfloat16().float() if S.dtype == torch.float32 else S
@@ -382,6 +387,7 @@ plant(BACKENDS, reference, "recurrence", read_before_the_decay)("reference_forge
 plant(BACKENDS, reference, "recurrence", decay_after_the_write)("decays_after_the_write")
 plant(BACKENDS, reference, "_backward", wrong_gradient_of_g)("reference_has_a_wrong_gradient")
 plant(BACKENDS, chunked, "recurrence", last_state_without_gradient)("chunked_cuts_the_last_state")
+plant(BACKENDS, wy, "_decay_backward", wrong_gradient_of_the_last_g)("wy_has_a_wrong_gradient")
 plant("check_float32_stays_exact", reference, "recurrence", round_a_float32_state)("rounds_the_state")
 
 

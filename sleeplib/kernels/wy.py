@@ -12,8 +12,8 @@ for j <= i, ``D_ij = alpha_(j+1) .. alpha_i``; Q stands for the queries times `s
     dQ = a dO S^T + (D * dP) K
     dK = -a dE S^T + D_C U dS'^T + (D * dL) K + (D * dL)^T K + (D * dP)^T Q
 
-A vector before a matrix multiplies its rows.  For the Hebbian rule L and K S drop out.  A decay is a product of
-numbers in [0, 1] and never a difference of sums, so none loses precision, and ``alpha = 0`` needs no care.
+A vector before a matrix multiplies its rows.  For the Hebbian rule L and K S drop out.  A decay is a product
+of numbers in [0, 1] and never a difference of sums, so none loses precision, and ``alpha = 0`` needs no care.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def _add_rows(y, weights, rows, count):
 
 @numba_kernel
 def _gather(first, last, q, k, g, start, scale, KQ, D, a):
-    """Fill KQ (n, 2 C, K) with the keys of a chunk over its queries, D (n, C, C) with zeros above, a (n, C)."""
+    """Fill KQ (n, 2 C, K) with a chunk's keys over its queries, D (n, C, C) with zeros above, a (n, C)."""
     (_, C, _), H, one = D.shape, q.shape[2], q.dtype.type(1)
     for n in range(first, last):
         b, h, grown = n // H, n % H, one
@@ -73,7 +73,7 @@ def _decay(first, last, D, LP, delta):
 
 @numba_kernel
 def _solve(first, last, v, beta, start, delta, answers, D, a, LP, E, U, left, o):
-    """From answers (n, 2 C, V) = [K; Q] S, token by token, E and U (n, C, V), left = D_C U, o (B, T, H, V)."""
+    """From answers (n, 2 C, V) = [K; Q] S, token by token, fill E, U and left = D_C U (n, C, V), and o."""
     (_, C, V), H = U.shape, v.shape[2]
     for n in range(first, last):
         b, h = n // H, n % H
@@ -163,7 +163,7 @@ def _decay_backward(first, last, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP,
             for j in range(C):
                 change = zero
                 if j <= i:
-                    change = lower[j] * LP[n, i, j] + whole[j] * LP[n, C + i, j]  # L is 0 where it has no part
+                    change = lower[j] * LP[n, i, j] + whole[j] * LP[n, C + i, j]  # L is 0 from j = i on
                 lower[j] = lower[j] * D[n, i, j] if delta and j < i else zero
                 whole[j] = whole[j] * D[n, i, j] if j <= i else zero
                 total += change
@@ -219,7 +219,7 @@ class _WY(Differentiable):
 
 def _chunk(q, k, g, start, scale, delta):
     """Of a chunk [K; Q], D, a and [L; P], for every sequence and head."""
-    (B, T, H, K), C = q.shape, min(CHUNK, q.shape[1] - start)
+    (B, _, H, K), C = q.shape, min(CHUNK, q.shape[1] - start)
     KQ, D, a = (q.new_empty(B * H, *size) for size in ((2 * C, K), (C, C), (C,)))
     launch(_gather, B * H, q, k, g, start, scale, KQ, D, a)
     LP = torch.bmm(KQ, KQ[:, :C].mT)
