@@ -1,8 +1,9 @@
 """Run what a chapter quotes but is too long for its page: ``python book/record.py 06_hybrid``.
 
 The chapter's cells tagged ``exercise-setup`` define ``record()``, which takes minutes and returns plain data.
-Its result goes to ``data/chapters/<chapter>.json``, with what ran it.  The home page has no cells: its
-``record()`` stands in intro.py.
+Its result goes to ``data/chapters/<chapter>.json``, with what ran it.  A second one has a name of its own:
+``record.py 10_training precision`` calls ``record_precision()``, for ``10_training-precision.json``.
+The home page has no cells: its ``record()`` stands in intro.py.
 """
 
 import json
@@ -24,13 +25,14 @@ def setup_cells(chapter):
     return namespace
 
 
-def main(chapter):
-    """Execute the setup cells of one chapter, call its record(), write the file."""
+def main(chapter, part=None):
+    """Execute the setup cells of one chapter, call its record(), or that of a part; write the file."""
     namespace = runpy.run_path(BOOK / "intro.py") if chapter == "intro" else setup_cells(chapter)
     commit, dirty = records.commit()
-    made = dict(command=f"python book/record.py {chapter}", commit=commit, dirty=dirty)
-    made |= dict(versions=records.versions(), device=records.processor(), result=namespace["record"]())
-    path = ROOT / "data" / "chapters" / f"{chapter}.json"
+    called, name = ("record", chapter) if part is None else (f"record_{part}", f"{chapter}-{part}")
+    made = dict(command=f"python book/record.py {name.replace('-', ' ')}", commit=commit, dirty=dirty)
+    made |= dict(versions=records.versions(), device=records.processor(), result=namespace[called]())
+    path = ROOT / "data" / "chapters" / f"{name}.json"
     records.write_atomically(path, (json.dumps(made, indent=1) + "\n").encode())
     print(path.relative_to(ROOT))
 

@@ -129,44 +129,65 @@ def training_step(repeats, preset="rule110-quick"):
 STEP_PROBE = """
 import sys, statistics, time, torch, sleeplib as sl
 from sleeplib import device, kernels, layers
-width, mode, repeats = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+preset, mode, repeats, *settings = sys.argv[1:]
 torch.set_num_threads(1)
 if mode == "autocast":  # what autocast does by itself: kernels that take no bfloat16, attention in it
     layers.low_on_cpu = lambda x: False
     for module in (kernels.convolution, kernels.gate, kernels.norm):
         module.compiled = lambda *tensors, low=False: kernels.compiled(*tensors)
-precision = "float32" if mode == "float32" else "bfloat16"
-experiment = sl.experiments.get("rule110-paper").replace(d_model=width, batch=64, precision=precision)
-trainer, times = sl.Trainer(experiment, 1, 0, "cpu"), []
-for _ in range(repeats + 1):
+settings = dict(setting.split("=") for setting in settings)
+settings["train.precision"] = "float32" if mode == "float32" else "bfloat16"
+trainer, times = sl.Trainer(sl.experiments.get(preset).replace(settings), 1, 0, "cpu"), []
+for _ in range(int(repeats) + 1):
     began = time.perf_counter()
     trainer.train_step()
     times.append(time.perf_counter() - began)
 print(statistics.median(times[1:]), device.peak_bytes(torch.device("cpu")) / 2**30)
 """
+STEPS = [("rule110-paper", width, 64) for width in (64, 256, 512)]
+STEPS += [("rule110-paper", 256, 512), ("depo-small", 256, 16), ("gsm_infinite-small", 256, 16)]
 
 
-def precisions(repeats, widths=(64, 256, 512)):
-    """Time rule110-paper's step at batch 64 in each precision, in one process and in two side by side."""
+def precisions(repeats, steps=STEPS, counts=(1, 2), say=print):
+    """Time steps of presets at a width and a batch size in each precision, in one process and in two at once.
+
+    Returns what is printed: FLOP/s of a product in each precision, and a list of rows.
+
+    Chapter: 10_training
+    """
     native = multiplies_bfloat16(torch.device("cpu"))
     peaks = {kind: matmul_peak(repeats, dtype=getattr(torch, kind)) for kind in ("float32", "bfloat16")}
     made = ", ".join(f"{kind} {peak / 1e9:.0f} GFLOP/s" for kind, peak in peaks.items())
-    print(f"matrix product, 1024 cubed, one thread: {made}")
-    peak = peaks["bfloat16" if native else "float32"]
-    print("width  precision  processes  tokens/s each  of that peak  GiB each")
-    for width in widths:
-        e = experiments.get("rule110-paper").replace({"model.d_model": width, "train.batch": 64})
-        tokens, work = e.train.batch * e.task.length, training_flops(e, 1)
-        for count in (1, 2):
+    say(f"matrix product, 1024 cubed, one thread: {made}")
+    peak, rows = peaks["bfloat16" if native else "float32"], []
+    say("preset              width  batch  precision  processes  tokens/s each  of that peak  GiB each")
+    for preset, width, batch in steps:
+        settings = {"model.d_model": width, "train.batch": batch}
+        e = experiments.get(preset).replace(settings)
+        settings = [f"{name}={value}" for name, value in settings.items()]
+        tokens, work = batch * e.task.length, training_flops(e, 1)
+        for count in counts:
             for mode in ("float32", "autocast", "ours") if native else ("float32",):
-                command = [sys.executable, "-c", STEP_PROBE, str(width), mode, str(max(3, repeats // 2))]
+                command = [
+                    sys.executable,
+                    "-c",
+                    STEP_PROBE,
+                    preset,
+                    mode,
+                    str(max(3, repeats // 2)),
+                    *settings,
+                ]
                 probes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
                 found = [tuple(map(float, probe.communicate()[0].split())) for probe in probes]
                 seconds, memory = (max(column) for column in zip(*found))
-                share = f"{100 * work / seconds / peak:10.0f} %"
-                print(
-                    f"{width:5}  {mode:9}  {count:9}  {tokens / seconds:13,.0f}  {share:>12}  {memory:8.1f}"
+                row = dict(preset=preset, width=width, batch=batch, precision=mode, processes=count)
+                row |= dict(tokens_per_second=round(tokens / seconds), gib=round(memory, 2))
+                rows.append(row | dict(share=round(work / seconds / peak, 3)))
+                say(
+                    f"{preset:19} {width:5}  {batch:5}  {mode:9}  {count:9}  {tokens / seconds:13,.0f}"
+                    f"  {100 * rows[-1]['share']:10.0f} %  {memory:8.1f}"
                 )
+    return dict(peaks={kind: round(peak / 1e9) for kind, peak in peaks.items()}, rows=rows)
 
 
 def generators(repeats, presets=("rule110-paper", "depo-paper", "gsm_infinite-small")):
@@ -279,7 +300,7 @@ def main(repeats=9):
         attention(repeats)
         training_step(repeats)
     torch.set_num_threads(1)
-    precisions(repeats)
+    precisions(repeats, [step for step in STEPS if step[2] == 64])
     generators(repeats)
     streaming()
     memory()
