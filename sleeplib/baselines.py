@@ -98,7 +98,8 @@ class PrunedAttention(Attention):
         """Attention that each key (B, S, H, K) gets from the queries of x (B, T, D), summed: (B, S)."""
         T, S = x.shape[1], keys.shape[1]
         q = self.q(x).unflatten(-1, (self.num_heads, -1))  # (B, T, H, K)
-        cos, sin = rotary_angles(ages[..., :1] - ages, q.shape[3], self.rope_base, x.dtype)
+        wide = torch.promote_types(keys.dtype, x.dtype)
+        cos, sin = rotary_angles(ages[..., :1] - ages, q.shape[3], self.rope_base, wide)
         q = naive.apply_rotary(q, cos[..., S - T :, :], sin[..., S - T :, :])
         scores = torch.einsum("bthk,bshk->bhts", q, naive.apply_rotary(keys, cos, sin)) * q.shape[3] ** -0.5
         hidden = ages.unsqueeze(-2) < ages[..., S - T :].unsqueeze(-1)  # keys younger than the query

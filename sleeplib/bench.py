@@ -21,7 +21,12 @@ from .kernels import gated_delta_rule, softmax_attention
 from .sleeper import Sleeper
 from .training import Trainer, training_batch
 
-SHAPES = ((128, 24, 4, 16, 32), (4, 256, 4, 64, 128))  # B, T, H, K, V
+SHAPES = (
+    (128, 24, 4, 16, 32),
+    (4, 256, 4, 64, 128),
+    (64, 24, 4, 64, 128),
+    (64, 8, 4, 64, 128),
+)  # B, T, H, K, V
 
 
 def in_turn(functions, repeats):
@@ -131,7 +136,7 @@ import sys, statistics, time, torch, sleeplib as sl
 from sleeplib import device, kernels, layers
 preset, mode, repeats, *settings = sys.argv[1:]
 torch.set_num_threads(1)
-if mode == "autocast":  # what autocast does by itself: kernels that take no bfloat16, attention in it
+if mode == "autocast":  # plain PyTorch in place of loops that take bfloat16, and attention in it
     layers.low_on_cpu = lambda x: False
     for module in (kernels.convolution, kernels.gate, kernels.norm):
         module.compiled = lambda *tensors, low=False: kernels.compiled(*tensors)
@@ -151,7 +156,7 @@ STEPS += [("rule110-paper", 256, 512), ("depo-small", 256, 16), ("gsm_infinite-s
 def precisions(repeats, steps=STEPS, counts=(1, 2), say=print):
     """Time steps of presets at a width and a batch size in each precision, in one process and in two at once.
 
-    Returns what is printed: FLOP/s of a product in each precision, and a list of rows.
+    Returns what is printed: GFLOP/s of a product in each precision, and a list of rows.
 
     Chapter: 10_training
     """

@@ -155,7 +155,8 @@ class Attention(nn.Module):
         if ages is None:
             q, k = rotate(q, S - T, self.rope_base), rotate(k, 0, self.rope_base)
         else:
-            turns = rotary_angles(ages[..., :1] - ages, q.shape[3], self.rope_base, x.dtype)
+            wide = torch.promote_types(q.dtype, x.dtype)
+            turns = rotary_angles(ages[..., :1] - ages, q.shape[3], self.rope_base, wide)
             q = kernels.naive.apply_rotary(q, *(table[..., S - T :, :] for table in turns))
             k = kernels.naive.apply_rotary(k, *turns)
         return self.o(attend(q, k, v, sliding_window, ages).flatten(2)), memory
@@ -180,8 +181,13 @@ class Attention(nn.Module):
 def attend(q, k, v, sliding_window=None, ages=None):
     """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys.
 
-    Keys stand where `ages` (S,) or (B, S) says, side by side if None.
+    Keys stand where `ages` (S,) or (B, S) says, side by side if None.  On a CPU autocast does not reach it.
     """
+    with torch.autocast("cpu", enabled=False) if low_on_cpu(q) else nullcontext():
+        return _attend(q, k, v, sliding_window, ages)
+
+
+def _attend(q, k, v, sliding_window, ages):
     T, S = q.shape[1], k.shape[1]
     whole = sliding_window is None or ages is None and sliding_window >= S
     loops = not kernels.use_numba.on or S <= SHORT and kernels.compiled(q, k, v)
@@ -195,8 +201,7 @@ def attend(q, k, v, sliding_window=None, ages=None):
         mask = (age >= 0) if whole else (age >= 0) & (age < sliding_window)
         mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # one for all heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with torch.autocast("cpu", enabled=False) if low_on_cpu(q) else nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
     return y.transpose(1, 2)
 
 

@@ -150,6 +150,62 @@ def test_any_decay_is_safe(g, dtype, backend, delta):
     compare(call(RULES[delta], x, backend=backend), oracle(x, delta), x)
 
 
+@pytest.mark.parametrize("delta", RULES, ids=["delta", "hebbian"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_strong_decay_is_as_small_as_it_must_be(backend, delta):
+    """Relative to itself: a chain rule multiplies it by 1 / alpha, and noise with it."""
+    for g in (-5.0, -20.0, -math.inf):
+        x = draw(40, K=8, V=16, dtype=torch.float32)
+        x["g"] = torch.full_like(x["g"], g).requires_grad_()
+        found = gradients(call(RULES[delta], x, backend=backend), x)["g"].double()
+        wanted = gradients(oracle(x, delta), x)["g"].double()
+        if g == -math.inf:
+            assert not found.any() and not wanted.any()
+        else:
+            assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["reference", "wy"])  # the others' way back is PyTorch's own
+def test_autocast_may_be_on_in_the_backward_pass(backend):
+    x = draw(40, dtype=torch.float32)
+    truth = gradients(call(sl.gated_delta_rule, x, backend=backend), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(call(sl.gated_delta_rule, x, backend=backend), x)
+    for name in truth:
+        close(found[name], truth[name], what=name)
+
+
+def test_autocast_changes_norms_that_a_product_would_round_and_no_others():
+    for kind, low, wanted in (
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float64, torch.bfloat16, torch.float64),
+    ):
+        x, w = noise(3, 5, 8, dtype=kind), noise(8, dtype=kind)
+        with torch.autocast("cpu", dtype=low):
+            y = kernels.rms_norm(x, w, 1e-6)
+        truth = kernels.rms_norm(x, w, 1e-6)
+        assert y.dtype == wanted and truth.dtype == kind
+        close(y, truth.to(wanted))
+        weight = torch.ones_like(truth)
+        for a, b in zip(
+            torch.autograd.grad(y, (x, w), weight.to(wanted)), torch.autograd.grad(truth, (x, w), weight)
+        ):
+            close(a, b)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_stays_in_float32_under_autocast(numba, window):
+    q, k, v = (noise(2, 20, 2, 8, seed=i, dtype=torch.float32) for i in range(3))
+    ages = torch.arange(20, 0, -1)
+    with kernels.use_numba(numba):
+        truth = layers.attend(q, k, v, window)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for given in (None, ages):
+                close(layers.attend(q, k, v, window, given), truth)
+
+
 def test_a_small_decay_after_a_large_one_is_resolved():
     """exp(G_i - G_j) is a difference of running sums: a large common part must cancel exactly."""
     x = draw(64, dtype=torch.float32)
@@ -505,7 +561,6 @@ def test_bits_of_bfloat16_are_rounded_as_pytorch_rounds_them():
     halfway = bits & ~0xFFFF | 0x8000  # as near to one as to the other
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-45, 1e-38])
     x = torch.cat((bits.view(torch.float32), halfway.view(torch.float32), special))
-    x = torch.cat((x[~x.isnan()], torch.tensor([math.nan])))  # the NaN that arithmetic makes
 
     @njit(**jit.NUMBA_OPTIONS)
     def there(x, low):
@@ -527,7 +582,7 @@ def test_bits_of_bfloat16_are_rounded_as_pytorch_rounds_them():
 
 
 def test_bfloat16_kernels_are_the_equations_of_what_they_get():
-    """Values to the last bit of what they give; gradients too, and those of float32 arguments in float32."""
+    """Values and gradients, each in the precision of what it belongs to."""
     x, w, gate, context = noise(2, 9, 4, 6), noise(6), noise(2, 9, 4, 6), noise(2, 3, 24)
     flat, taps = x.detach().flatten(2).requires_grad_(), noise(4, 24)
     convolve = kernels.causal_convolution
@@ -569,8 +624,8 @@ def test_threads_share_the_work_and_change_nothing(many_threads):
     x = draw(19, B=13, H=3, dtype=torch.float32)
 
     def everything():
-        outputs = call(sl.gated_delta_rule, x, backend="reference")
-        return *outputs, *gradients(outputs, x).values()
+        both = [call(sl.gated_delta_rule, x, backend=name) for name in ("reference", "wy")]
+        return *both[0], *both[1], *(z for o in both for z in gradients(o, x).values())
 
     calls = []
     with patch.object(jit, "GRAIN", 1):

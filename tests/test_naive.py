@@ -24,7 +24,7 @@ def off():
 
 def spy_on_launches(monkeypatch):
     calls = []
-    for module in ("attention", "convolution", "gate", "norm", "reference"):
+    for module in ("attention", "convolution", "gate", "norm", "reference", "wy"):
         module = sys.modules[f"sleeplib.kernels.{module}"]
         monkeypatch.setattr(module, "launch", lambda *args: calls.append(args) or jit.launch(*args))
     return calls

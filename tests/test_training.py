@@ -723,7 +723,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
 
 
 def test_bfloat16_keeps_the_kernels(monkeypatch):
-    """On a CPU only products are bfloat16's: no slower form of a kernel runs in its place."""
+    """On a CPU no slower form of a kernel runs in its place."""
 
     def refuse(*args, **options):
         raise AssertionError("plain PyTorch in place of a kernel")

@@ -5,7 +5,7 @@ backend     what it is
 ==========  ==============================================================================
 reference   Numba loops, forward and analytic backward (CPU); reads like the equations
 chunked     the WY form in PyTorch, any device; matrix products instead of a token loop
-wy          the same with loops between the products and an analytic backward (CPU)
+wy          the same with loops between the products and an analytic backward (CPU, Numba on)
 fla         flash-linear-attention's Triton kernels (CUDA, optional)
 auto        reference for small states or few tokens on the CPU, wy for others, chunked elsewhere
 ==========  ==============================================================================

@@ -63,13 +63,11 @@ def compiled(*tensors, low=False):
 
     Where `low`, any of them may be bfloat16 instead, and the rest is float32.
     """
-    kinds = {x.dtype for x in tensors if x is not None}
-    kinds = kinds - {torch.bfloat16} or {torch.float32} if low else kinds
+    tensors = [x for x in tensors if x is not None]
+    kinds = {torch.float32 if low and x.dtype == torch.bfloat16 else x.dtype for x in tensors}
     if not use_numba.on or kinds not in ({torch.float32}, {torch.float64}):
         return False
-    if low and torch.float64 in kinds and any([x is not None and x.dtype != torch.float64 for x in tensors]):
-        return False
-    return plain(*tensors) and all([x is None or x.numel() > 0 for x in tensors])
+    return plain(*tensors) and all([x.numel() > 0 for x in tensors])
 
 
 class _Cache(FunctionCache):
@@ -144,9 +142,16 @@ def _narrow(x, y):
 
     def bits(x, y):
         word = np.float32(x).view(np.int32)
-        return np.uint16((word + 0x7FFF + ((word >> 16) & 1)) >> 16)
+        nan = np.int32((word & 0x7FFFFFFF) > 0x7F800000)  # is kept as it is, cut off, with its quiet bit set
+        return np.uint16(((word + (1 - nan) * (0x7FFF + ((word >> 16) & 1))) >> 16) | (nan << 6))
 
     return bits
+
+
+def rounded(x):
+    """The precision in which a loop gives what goes into a product: autocast's bfloat16, or x's own."""
+    low = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return torch.bfloat16 if low and torch.get_autocast_dtype("cpu") == torch.bfloat16 else x.dtype
 
 
 def strided_rows(x):
@@ -192,11 +197,12 @@ def _array(x):
 def launch(kernel, count, *args):
     """Call ``kernel(first, last, *arrays)`` over range(count), in parts on as many threads as PyTorch uses.
 
-    CPU tensors become arrays; floats take the first one's precision.  The parts must not depend on one
-    another.  What a kernel fills must be contiguous: of another tensor it would fill a copy.
+    CPU tensors become arrays; floats take the first one's precision, at least float32.  The parts must not
+    depend on one another.  What a kernel fills must be contiguous: of another tensor it would fill a copy.
     """
     args = [_array(x) if isinstance(x, torch.Tensor) else x for x in args]
-    size, number = max([x.size for x in args if type(x) is np.ndarray]), args[0].dtype.type
+    size = max([x.size for x in args if type(x) is np.ndarray])
+    number = np.float64 if args[0].dtype == np.float64 else np.float32
     args = [number(x) if type(x) is float else x for x in args]
     threads = torch.get_num_threads() if size >= GRAIN else 1
     if threads == 1:

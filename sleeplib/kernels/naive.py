@@ -1,7 +1,7 @@
 r"""The readable truth in plain PyTorch: no loop is compiled, no gradient is written by hand.
 
 Every kernel of this folder computes one of these functions faster.  They run in its place on other devices,
-in low precision, while a model is traced, and after ``use_numba(False)``; each has derivatives of any order.
+in half precision, while a model is traced, and after ``use_numba(False)``; each has derivatives of any order.
 """
 
 import torch

@@ -5,7 +5,7 @@ import torch
 
 from ..checks import check_tensor, finite_number, integer
 from . import naive
-from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, strided_rows, wide
+from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, rounded, strided_rows, wide
 
 BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
 
@@ -81,8 +81,7 @@ def _grouped(x, gate):
 class _RMSNorm(Differentiable):
     def forward(ctx, x, weight, eps, gate):
         args, shape, tasks = _grouped(x, gate)
-        kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-        y = x.new_empty(shape[0], shape[1] * x.shape[-1], dtype=kind)
+        y = x.new_empty(shape[0], shape[1] * x.shape[-1], dtype=rounded(x))
         rstd = x.new_empty(shape)
         launch(_forward, tasks, *args, weight, eps, y, rstd)
         ctx.save_for_backward(x, weight, rstd, gate)
@@ -103,7 +102,7 @@ class _RMSNorm(Differentiable):
 def rms_norm(x, weight, eps, gate=None):
     """Rows of x (..., n) at root mean square 1, times weight (n,) and silu of gate (..., n), if there is one.
 
-    Under autocast on a CPU they come in bfloat16: what follows is a product.
+    Under autocast in bfloat16 on a CPU they come in that: what follows is a product.
 
     Chapter: 06_hybrid
     """

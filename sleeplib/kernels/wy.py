@@ -135,14 +135,14 @@ def _decay_backward(first, last, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP,
     Numbers above the diagonals become 0.
     """
     (_, C, K), H, zero = dKS.shape, dg.shape[2], KQ.dtype.type(0)
-    da = np.empty(C, KQ.dtype)  # the gradient of log a_i
+    sums = np.empty(C, KQ.dtype)  # a token's are of what its decay took part in, so nothing has to cancel
     for n in range(first, last):
         b, h, total = n // H, n % H, zero
         for i in range(K):
             for j in range(S.shape[2]):
                 total += S[n, i, j] * dS[n, i, j]
-        da[:] = 0
-        da[C - 1] = a[n, C - 1] * total
+        sums[:] = a[n, C - 1] * total
+        before = zero
         for i in range(C):
             key, query, dkey, dquery, dwrite = KQ[n, i], KQ[n, C + i], dKQ[n, i], dKQ[n, C + i], dKS[n, i]
             grown, stays, near, end = a[n, i], D[n, C - 1, i], zero, zero
@@ -157,8 +157,10 @@ def _decay_backward(first, last, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP,
             for j in range(X.shape[2]):
                 X[n, i, j] *= read
                 X[n, C + i, j] *= grown
-            da[i] += near - end
-            da[C - 1] += end
+            sums[i] += before
+            before += end
+            for j in range(i + 1):
+                sums[j] += near
             lower, whole, total = dLP[n, i], dLP[n, C + i], zero
             for j in range(C):
                 change = zero
@@ -166,13 +168,11 @@ def _decay_backward(first, last, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP,
                     change = lower[j] * LP[n, i, j] + whole[j] * LP[n, C + i, j]  # L is 0 from j = i on
                 lower[j] = lower[j] * D[n, i, j] if delta and j < i else zero
                 whole[j] = whole[j] * D[n, i, j] if j <= i else zero
-                total += change
-                da[j] -= change
-            da[i] += total
-        total = zero
-        for i in range(C - 1, -1, -1):
-            total += da[i]
-            dg[b, start + i, h] = total
+                if j < i:
+                    total += change
+                    sums[j + 1] += total
+        for i in range(C):
+            dg[b, start + i, h] = sums[i]
 
 
 class _WY(Differentiable):
@@ -184,37 +184,42 @@ class _WY(Differentiable):
             KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
             E, U, left = (v.new_empty(n, D.shape[1], V) for _ in range(3))
             launch(_solve, n, v, beta, start, delta, torch.bmm(KQ, S), D, a, LP, E, U, left, o)
-            kept += S, E
+            if any(ctx.needs_input_grad):
+                kept += S, E
             S = (S * a[:, -1:, None]).baddbmm_(KQ[:, : D.shape[1]].mT, left)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, g, beta, *kept)
+        ctx.save_for_backward(q, k, v, g, beta, *kept)
         ctx.options = scale, delta
         return o, S.view(B, H, K, V)
 
     def backward(ctx, do, dS):
-        q, k, v, g, beta, *kept = ctx.saved_tensors
-        (B, T, H, K), V, n = q.shape, v.shape[3], q.shape[0] * q.shape[2]
-        scale, delta = ctx.options
-        do, dS = do.contiguous(), dS.reshape(n, K, V)
-        dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
-        for start in reversed(range(0, T, CHUNK)):
-            E, S = kept.pop(), kept.pop()
-            KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
-            C, keys = D.shape[1], KQ[:, : D.shape[1]]
-            dU, U, X = torch.bmm(keys, dS), E.new_empty(n, C, V), E.new_empty(n, 2 * C, V)
-            launch(_gather_rows, n, do, start, D, X, dU)
-            dU.baddbmm_(LP[:, C:].mT, X[:, C:])
-            launch(_solve_backward, n, beta, start, delta, E, LP, dU, U, X, dv, dbeta)
-            dKS, dLP, dKQ = torch.bmm(U, dS.mT), torch.bmm(X, U.mT), torch.bmm(X, S.mT)
-            launch(_decay_backward, n, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP, dKQ, dg)
-            if start or ctx.needs_input_grad[5]:
-                dS = (dS * a[:, -1:, None]).baddbmm_(KQ.mT, X)
-            dKQ.baddbmm_(dLP, keys)
-            dKQ[:, :C] += torch.bmm(dLP.mT, KQ)
-            dKQ = dKQ.view(B, H, 2, C, K).permute(2, 0, 3, 1, 4)
-            dk[:, start : start + C] = dKQ[0]
-            torch.mul(dKQ[1], scale, out=dq[:, start : start + C])
-        return dq, dk, dv, dg, dbeta, dS.view(B, H, K, V), None, None
+        with torch.autocast("cpu", enabled=False):
+            return _go_back(ctx, do, dS)
+
+
+def _go_back(ctx, do, dS):
+    q, k, v, g, beta, *kept = ctx.saved_tensors
+    (B, T, H, K), V, n = q.shape, v.shape[3], q.shape[0] * q.shape[2]
+    scale, delta = ctx.options
+    do, dS = do.contiguous(), dS.reshape(n, K, V)
+    dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
+    for start in reversed(range(0, T, CHUNK)):
+        E, S = kept.pop(), kept.pop()
+        KQ, D, a, LP = _chunk(q, k, g, start, scale, delta)
+        C, keys = D.shape[1], KQ[:, : D.shape[1]]
+        dU, U, X = torch.bmm(keys, dS), E.new_empty(n, C, V), E.new_empty(n, 2 * C, V)
+        launch(_gather_rows, n, do, start, D, X, dU)
+        dU.baddbmm_(LP[:, C:].mT, X[:, C:])
+        launch(_solve_backward, n, beta, start, delta, E, LP, dU, U, X, dv, dbeta)
+        dKS, dLP, dKQ = torch.bmm(U, dS.mT), torch.bmm(X, U.mT), torch.bmm(X, S.mT)
+        launch(_decay_backward, n, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP, dKQ, dg)
+        if start or ctx.needs_input_grad[5]:
+            dS = (dS * a[:, -1:, None]).baddbmm_(KQ.mT, X)
+        dKQ.baddbmm_(dLP, keys)
+        dKQ[:, :C] += torch.bmm(dLP.mT, KQ)
+        dKQ = dKQ.view(B, H, 2, C, K).permute(2, 0, 3, 1, 4)
+        dk[:, start : start + C] = dKQ[0]
+        torch.mul(dKQ[1], scale, out=dq[:, start : start + C])
+    return dq, dk, dv, dg, dbeta, dS.view(B, H, K, V), None, None
 
 
 def _chunk(q, k, g, start, scale, delta):
