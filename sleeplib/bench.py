@@ -153,7 +153,7 @@ STEPS = [("rule110-paper", width, 64) for width in (64, 256, 512)]
 STEPS += [("rule110-paper", 256, 512), ("depo-small", 256, 16), ("gsm_infinite-small", 256, 16)]
 
 
-def precisions(repeats, steps=STEPS, counts=(1, 2), say=print):
+def precisions(repeats, steps=STEPS):
     """Time steps of presets at a width and a batch size in each precision, in one process and in two at once.
 
     Returns what is printed: GFLOP/s of a product in each precision, and a list of rows.
@@ -163,15 +163,15 @@ def precisions(repeats, steps=STEPS, counts=(1, 2), say=print):
     native = multiplies_bfloat16(torch.device("cpu"))
     peaks = {kind: matmul_peak(repeats, dtype=getattr(torch, kind)) for kind in ("float32", "bfloat16")}
     made = ", ".join(f"{kind} {peak / 1e9:.0f} GFLOP/s" for kind, peak in peaks.items())
-    say(f"matrix product, 1024 cubed, one thread: {made}")
+    print(f"matrix product, 1024 cubed, one thread: {made}")
     peak, rows = peaks["bfloat16" if native else "float32"], []
-    say("preset              width  batch  precision  processes  tokens/s each  of that peak  GiB each")
+    print("preset              width  batch  precision  processes  tokens/s each  of that peak  GiB each")
     for preset, width, batch in steps:
         settings = {"model.d_model": width, "train.batch": batch}
         e = experiments.get(preset).replace(settings)
         settings = [f"{name}={value}" for name, value in settings.items()]
         tokens, work = batch * e.task.length, training_flops(e, 1)
-        for count in counts:
+        for count in (1, 2):
             for mode in ("float32", "autocast", "ours") if native else ("float32",):
                 command = [
                     sys.executable,
@@ -188,7 +188,7 @@ def precisions(repeats, steps=STEPS, counts=(1, 2), say=print):
                 row = dict(preset=preset, width=width, batch=batch, precision=mode, processes=count)
                 row |= dict(tokens_per_second=round(tokens / seconds), gib=round(memory, 2))
                 rows.append(row | dict(share=round(work / seconds / peak, 3)))
-                say(
+                print(
                     f"{preset:19} {width:5}  {batch:5}  {mode:9}  {count:9}  {tokens / seconds:13,.0f}"
                     f"  {100 * rows[-1]['share']:10.0f} %  {memory:8.1f}"
                 )
