@@ -78,16 +78,16 @@ class TTTBlock(Block):
         y, after = self.mixer(self.mixer_norm(h), memory._replace(S=None), sliding_window)
         return h + y, after._replace(S=memory.S)
 
-    def feed(self, h, W):
-        """The second half: both MLPs, the one with the weights W (B, 3, D, F) given."""
+    def feed(self, h, weights):
+        """The second half: both MLPs, the one with the weights gate, up and down given, (B, D, F) each."""
+        gate, up, down = weights
         x = self.mlp_norm(h)  # (B, T, D)
-        gate, up = torch.einsum("btd,bndf->nbtf", x, W[:, :2])
-        return h + self.mlp(x) + torch.einsum("btf,bdf->btd", F.silu(gate) * up, W[:, 2])
+        return h + self.mlp(x) + F.silu(x @ gate) * (x @ up) @ down.mT
 
     def forward(self, h, memory, sliding_window=None, write_only=False):
         """Map h (B, T, D) and this block's memory to the next h and memory."""
         h, memory = self.attend(h, memory, sliding_window)
-        return None if write_only else self.feed(h, memory.S), memory
+        return None if write_only else self.feed(h, memory.S.unbind(1)), memory
 
 
 class TestTimeTrained(HybridLM):
@@ -116,13 +116,15 @@ class TestTimeTrained(HybridLM):
         self.check_state(state, h)
         h, memories = self.run(h, state.blocks(), range(len(self.layers) - 1), window)
         h, memories[-1] = block.attend(h, memories[-1], window)
-        W, rates = memories[-1].S, block.log_rate.exp().view(3, 1, 1)
+        weights, rates = memories[-1].S.unbind(1), block.log_rate.exp()
         # The kernels' gradients have no gradients: what is differentiated twice is plain PyTorch.
         with torch.enable_grad(), use_numba(False):
-            W = W if trained else W.detach().requires_grad_()
+            weights = weights if trained else [W.detach().requires_grad_() for W in weights]
             for _ in range(passes):
-                logits = self.readout(block.feed(h, W))[:, :-1].flatten(0, 1)
+                logits = self.readout(block.feed(h, weights))[:, :-1].flatten(0, 1)
                 loss = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
-                W = W - rates * torch.autograd.grad(loss, W, create_graph=trained)[0]
-        memories[-1] = memories[-1]._replace(S=W if trained else W.detach())
+                grads = torch.autograd.grad(loss, weights, create_graph=trained)
+                weights = [W - rate * grad for W, rate, grad in zip(weights, rates, grads)]
+            S = torch.stack(weights, 1)
+        memories[-1] = memories[-1]._replace(S=S if trained else S.detach())
         return LMState.from_blocks(memories, state.position + tokens.shape[1])
