@@ -211,6 +211,9 @@ chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, o
     "rule110-state": "4e-3 8e-3",  # the best of N = 4 and the best of N = 1
     "rule110-hybrid8": "4e-3 8e-3",
 }
+# Where the highest rate was the best one, a still higher one was tried, with these N.
+further = dict(recent8=(1,), recent16=(1,), full=(1,), hybrid8=(1,), ttt=(1, 8), deep=(1,), state=(1,))
+further |= dict.fromkeys(("replay", "awake", "awake-cache"), looped)
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
     plain = PRESETS[base].model
@@ -218,14 +221,16 @@ for task, (base, arms) in against.items():
     for arm in arms:
         kind, settings, passes, about = rivals[arm]
         sweep = SWEEPS[f"{task}-{arm}"] = {}
-        for rate in ("2e-3", "4e-3", "8e-3"):
+        more = ("1.6e-2",) if task == "rule110" and arm in further else ()
+        for rate in ("2e-3", "4e-3", "8e-3", *more):
             name = known.get(f"{task}-{arm}-{rate}", f"{task}-rival-{arm}-{rate}")
             sweep[rate] = name
             seeds = (0, 3, 4, 5) if rate in chosen.get(f"{task}-{arm}", "").split() else (0,)
             if name in PRESETS:
                 PRESETS[name] = dataclasses.replace(PRESETS[name], seeds=(0, 1, 2, *seeds[1:]))
                 continue
-            parts = dict(model=kind(**plain | settings), passes=passes, seeds=seeds)
+            tried = further[arm] if rate in more else passes
+            parts = dict(model=kind(**plain | settings), passes=tried, seeds=seeds)
             _vary(base, name, {"train.muon_lr": rate}, f"{base}, {about}; Muon's rate {rate}", **parts)
 
 # Sleep for a pretrained model (chapter 16): small models learn to read, then to sleep.  What is compared has
@@ -256,11 +261,13 @@ best = {  # arm: the rates of the comparison, the best of seed 0 for N = 1 and f
     "insert-all": "8e-3 1.6e-2",
     "insert-warmup": "1.6e-2",
 }
+still = dict.fromkeys(("scratch", "warmup"), {"3.2e-2": (1,)})  # N = 1 was best at the highest rate
 for arm, (settings, about) in taught.items():
-    for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"):
+    tried = dict.fromkeys(("2e-3", "4e-3", "8e-3", "1.6e-2"), (1, 4)) | still.get(arm, {})
+    for rate, passes in tried.items():
         name = f"gsm_infinite-taught-{arm}-{rate}"
         changed = dataclasses.replace(train, muon_lr=float(rate), **settings)
-        parts = dict(passes=(1, 4), seeds=(0, 1, 2, 3) if rate in best[arm].split() else (0,))
+        parts = dict(passes=passes, seeds=(0, 1, 2, 3) if rate in best[arm].split() else (0,))
         _add(name, task, changed, f"learning to sleep: {about}; Muon's rate {rate}", **parts, **small)
 name, parts = "gsm_infinite-taught-scratch-1.6e-2", dict(passes=(1,), seeds=(1, 2, 3))
 about = f"{name} without sleep, run on for the training FLOPs of N = 4"

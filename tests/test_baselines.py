@@ -486,6 +486,8 @@ def test_the_rate_of_an_arm_is_the_best_of_its_sweep(arm):
     for passes in sl.experiments.get([*SWEEPS[arm].values()][0]).passes:
         found = {}
         for rate, preset in SWEEPS[arm].items():
+            if passes not in sl.experiments.get(preset).passes:
+                continue  # a rate beyond the sweep, for the N that was best at its end
             (record,) = [r for r in sl.load_records(preset, passes) if r["seed"] == 0]
             found[rate] = record["final"]["exact"]
         best.add(max(found, key=found.get))
