@@ -150,7 +150,7 @@ class HybridLM(Sleepable, nn.Module):
     Notes
     -----
     Projections start at N(0, 1 / fan_in) in variance, the output projection of every mixer and feed-forward
-    layer at zero (a block starts as the identity, so N passes start as one), embeddings at N(0, 1).
+    layer at zero (a block starts as the identity: N passes leave h as one does), embeddings at N(0, 1).
 
     Chapter: 06_hybrid
     """

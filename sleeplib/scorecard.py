@@ -10,7 +10,7 @@ reproduced  at the paper's own settings every step goes the claimed way by more 
 partly      from first to last it does and no step goes against it; some step is open, or runs are smaller
 not         a step or the whole goes the other way by more than its interval, or the whole is none
 open        neither: the runs cannot tell; a single seed never can
-not run     there is nothing to compare
+not judged  no fair comparison has been run
 ==========  ==============================================================================================
 
 A difference is none if it is surely smaller than MARGIN.
@@ -58,15 +58,17 @@ def difference(a, b):
 def judge(claim, out=None):
     """Judge one claim, an entry of ``data/paper/claims.json``, by the first of its runs that can be compared.
 
-    Its `runs` list what can bear on it, the paper's own first, marked as `full`: `presets`, and the `seeds`
-    that no setting was chosen on; `score` is as in :func:`score`.  Gives a dict of ``figure``, ``claim``,
-    ``paper``, ``ours``, ``steps``, ``whole`` (an :class:`Interval`), ``scale``, ``seeds``, ``device``,
-    ``verdict`` and ``commands``, what made the runs; `out` is as in :func:`load_records`.
+    Its `runs` list what can bear on it, the paper's own first, marked as `full`: `presets`, the `seeds`
+    that no setting was chosen on, and a `note` on what they can show; `score` is as in :func:`score`.
+    Gives a dict of ``figure``, ``claim``, ``paper``, ``ours`` (the mean for each N or t; if nothing was
+    compared, the claim's own `note`), ``steps``, ``whole`` (an :class:`Interval`), ``scale``, ``seeds``,
+    ``device``, ``verdict`` and ``commands``, what made the runs; `out` is as in :func:`load_records`.
 
     Chapter: 14_scorecard
     """
     row = {key: claim[key] for key in ("figure", "claim", "paper")}
-    row |= dict(ours="-", steps="-", whole=None, scale="-", seeds="-", device="-", verdict="not run")
+    row |= dict(ours=claim.get("note", "-"), steps="-", whole=None, scale="-", seeds="-", device="-")
+    row["verdict"] = "not judged"
     row["commands"] = []
     by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
     for runs in claim["runs"]:
@@ -82,9 +84,13 @@ def judge(claim, out=None):
         steps = [difference(groups[a], groups[b]) for a, b in pairwise(order)]
         whole = difference(groups[order[0]], groups[order[-1]])
         letter, names = "t" if by_steps else "N", {r["preset"] for r in used}
-        row["ours"] = ", ".join(f"{letter} = {x} {mean(groups[x].values()):.3f}" for x in order)
+        most = max(map(len, groups.values()))
+        means = [f"{letter} = {x}: {mean(groups[x].values()):.3g}" for x in order]
+        few = [f" ({len(groups[x])} seeds)" if len(groups[x]) < most else "" for x in order]
+        row["ours"] = ", ".join(map("".join, zip(means, few)))
         row["steps"] = ", ".join(f"{a} to {b}: {step}" for (a, b), step in zip(pairwise(order), steps))
         small = ", ".join(p for p in runs["presets"] if p in names) + ", smaller than the paper's"
+        small += f"; {runs['note']}" if "note" in runs else ""
         row["scale"], row["seeds"], row["whole"] = "the paper's" if full else small, str(whole.seeds), whole
         row["device"] = ", ".join(sorted({r["device"] for r in used}))
         row["commands"] = [r["command"] for r in used]

@@ -276,7 +276,8 @@ def test_chapter_5_says_who_wins_on_its_clock():
     printed = "".join(o.get("text", "") for c in code_cells(notebook) for o in c.outputs)
     rows = re.findall(r"S +(\d+) x +\d+, ms:.*Numba loop +([\d.]+), PyTorch chunks +([\d.]+)", printed)
     assert [int(K) for K, _, _ in rows] == [16, 32, 64, 128] * 2
-    chunks_win = {(int(K), float(chunks) < float(loop)) for K, loop, chunks in rows}
-    assert chunks_win == {(16, False), (32, False), (64, False), (128, True)}
-    page = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    assert "the chunks take less time than the loop, forward and in training" in page
+    ratios = [(int(K), float(chunks) / float(loop)) for K, loop, chunks in rows]
+    assert all(ratio > 1.5 for K, ratio in ratios if K < 128)
+    assert all(0.75 < ratio < 1.3 for K, ratio in ratios if K == 128)
+    page = " ".join("\n".join(c.source for c in notebook.cells if c.cell_type == "markdown").split())
+    assert "there loop and chunks take about the same time, forward and in training" in page

@@ -42,7 +42,7 @@ def test_every_claim_is_judged_by_presets_that_exist(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["claim"] for row in rows] == [claim["claim"] for claim in claims]
     for row in rows:
-        assert bool(row["commands"]) == (row["verdict"] != "not run")
+        assert bool(row["commands"]) == (row["verdict"] != "not judged")
         assert all("run" in command and "--seed" in command for command in row["commands"])
 
 
@@ -60,7 +60,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_verdict_follows_from_paired_differences(tmp_path, case):
     means, full, small = CASES[case]
-    assert judge(RISES, tmp_path)["verdict"] == "not run"
+    assert judge(RISES, tmp_path)["verdict"] == "not judged"
     noise = {1: (0, 0, 0), 2: NEAR, 4: (0.01, 0, 0.012)}
     if case == "no difference":
         noise = {1: (0, 0, 0), 2: (0, 0.02, -0.02), 4: (0.001, 0, -0.001)}
@@ -82,6 +82,16 @@ def test_seeds_that_disagree_leave_a_claim_open(tmp_path):
     assert judge(RISES, tmp_path)["verdict"] == "open"
 
 
+def test_a_mean_over_fewer_seeds_says_so_and_notes_are_shown(tmp_path):
+    save(tmp_path, "rule110-quick", {1: [0.5, 0.5, 0.5], 2: [0.6, 0.6], 4: [0.7, 0.7, 0.7]})
+    claim = RISES | dict(note="nothing fair yet")
+    claim["runs"] = [dict(presets=["rule110-quick"], note="two rings")]
+    row = judge(claim, tmp_path)
+    assert row["ours"] == "N = 1: 0.5, N = 2: 0.6 (2 seeds), N = 4: 0.7"
+    assert row["scale"] == "rule110-quick, smaller than the paper's; two rings"
+    assert judge(claim, tmp_path / "empty")["ours"] == "nothing fair yet"
+
+
 def test_seeds_that_a_setting_was_chosen_on_do_not_count(tmp_path):
     save(tmp_path, "rule110-quick", {1: [0.5, 0.51, 0.52, 9.0], 4: [0.6, 0.61, 0.62, 0.0]})
     assert judge(RISES, tmp_path)["whole"].value == pytest.approx(0.1)
@@ -94,7 +104,7 @@ def test_a_claim_about_depth_is_judged_without_sleep(tmp_path):
     # With sleep the order is another; it does not count.
     save(tmp_path, "rule110-quick", {1: [0.5, 0.51, 0.5], 4: [1.0, 1.0, 1.0]})
     row = judge(claim, tmp_path)
-    assert row["verdict"] == "partly" and row["ours"] == "t = 2 0.900, t = 6 0.503"
+    assert row["verdict"] == "partly" and row["ours"] == "t = 2: 0.9, t = 6: 0.503"
     assert row["steps"].startswith("2 to 6: -0.397 ± ")
 
 

@@ -15,9 +15,27 @@ for (const arrow of document.querySelectorAll(".bd-sidebar-primary summary")) {
 // The works of a list of references are its items; their role of old is no child of a list.
 for (const work of document.querySelectorAll('.citation[role="doc-biblioentry"]')) work.setAttribute("role", "listitem");
 
-// A formula that is wider than the page scrolls, by keyboard too.
+// A formula stays on one line with the bracket before it and the comma after it.
+const marks = (text, which) => text?.nodeType === Node.TEXT_NODE && text.data.match(which)?.[0] || "";
+for (const formula of document.querySelectorAll("span.math")) {
+  const { previousSibling: before, nextSibling: after } = formula;
+  const opens = marks(before, /[(\[“‘]+$/), closes = marks(after, /^[.,:;!?)\]”’]+/);
+  if (!opens && !closes) continue;
+  const together = document.createElement("span");
+  together.style.whiteSpace = "nowrap";
+  formula.replaceWith(together);
+  together.append(opens, formula, closes);
+  if (opens) before.data = before.data.slice(0, -opens.length);
+  if (closes) after.data = after.data.slice(closes.length);
+}
+
+// A formula that is wider than the page scrolls, by keyboard too, and fades where it goes on.
 addEventListener("load", () => window.MathJax?.startup?.promise?.then(() => {
   for (const formula of document.querySelectorAll('mjx-container[display="true"]')) {
+    const look = () => formula.classList.toggle(
+      "goes-on", formula.scrollLeft + formula.clientWidth < formula.scrollWidth - 1);
     if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
+    formula.addEventListener("scroll", look);
+    look();
   }
 }));
