@@ -85,7 +85,8 @@ def judge(claim, out=None):
         whole = difference(groups[order[0]], groups[order[-1]])
         letter, names = "t" if by_steps else "N", {r["preset"] for r in used}
         most = max(map(len, groups.values()))
-        means = [f"{letter} = {x}: {mean(groups[x].values()):.3g}" for x in order]
+        digits = ".3f" if isinstance(claim["score"], str) else ".1f"  # a share, or a number of hops
+        means = [f"{letter} = {x}: {mean(groups[x].values()):{digits}}" for x in order]
         few = [f" ({len(groups[x])} seeds)" if len(groups[x]) < most else "" for x in order]
         row["ours"] = ", ".join(map("".join, zip(means, few)))
         row["steps"] = ", ".join(f"{a} to {b}: {step}" for (a, b), step in zip(pairwise(order), steps))

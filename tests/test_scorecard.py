@@ -87,7 +87,7 @@ def test_a_mean_over_fewer_seeds_says_so_and_notes_are_shown(tmp_path):
     claim = RISES | dict(note="nothing fair yet")
     claim["runs"] = [dict(presets=["rule110-quick"], note="two rings")]
     row = judge(claim, tmp_path)
-    assert row["ours"] == "N = 1: 0.5, N = 2: 0.6 (2 seeds), N = 4: 0.7"
+    assert row["ours"] == "N = 1: 0.500, N = 2: 0.600 (2 seeds), N = 4: 0.700"
     assert row["scale"] == "rule110-quick, smaller than the paper's; two rings"
     assert judge(claim, tmp_path / "empty")["ours"] == "nothing fair yet"
 
@@ -104,7 +104,7 @@ def test_a_claim_about_depth_is_judged_without_sleep(tmp_path):
     # With sleep the order is another; it does not count.
     save(tmp_path, "rule110-quick", {1: [0.5, 0.51, 0.5], 4: [1.0, 1.0, 1.0]})
     row = judge(claim, tmp_path)
-    assert row["verdict"] == "partly" and row["ours"] == "t = 2: 0.9, t = 6: 0.503"
+    assert row["verdict"] == "partly" and row["ours"] == "t = 2: 0.900, t = 6: 0.503"
     assert row["steps"].startswith("2 to 6: -0.397 ± ")
 
 

@@ -32,10 +32,12 @@ for (const formula of document.querySelectorAll("span.math")) {
 // A formula that is wider than the page scrolls, by keyboard too, and fades where it goes on.
 addEventListener("load", () => window.MathJax?.startup?.promise?.then(() => {
   for (const formula of document.querySelectorAll('mjx-container[display="true"]')) {
-    const look = () => formula.classList.toggle(
-      "goes-on", formula.scrollLeft + formula.clientWidth < formula.scrollWidth - 1);
-    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
+    const look = () => {
+      const hidden = formula.scrollWidth - formula.clientWidth;
+      if (hidden > 0) formula.tabIndex = 0; else formula.removeAttribute("tabindex");
+      formula.classList.toggle("goes-on", formula.scrollLeft < hidden - 1);
+    };
     formula.addEventListener("scroll", look);
-    look();
+    new ResizeObserver(look).observe(formula);
   }
 }));
