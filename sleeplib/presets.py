@@ -214,6 +214,7 @@ chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, o
 # Where the highest rate was the best one, a still higher one was tried, with these N.
 further = dict(recent8=(1,), recent16=(1,), full=(1,), hybrid8=(1,), ttt=(1, 8), deep=(1,), state=(1,))
 further |= dict.fromkeys(("replay", "awake", "awake-cache"), looped)
+further = {f"rule110-{arm}": {"1.6e-2": passes} for arm, passes in further.items()}
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
     plain = PRESETS[base].model
@@ -221,16 +222,15 @@ for task, (base, arms) in against.items():
     for arm in arms:
         kind, settings, passes, about = rivals[arm]
         sweep = SWEEPS[f"{task}-{arm}"] = {}
-        more = ("1.6e-2",) if task == "rule110" and arm in further else ()
-        for rate in ("2e-3", "4e-3", "8e-3", *more):
+        tried = dict.fromkeys(("2e-3", "4e-3", "8e-3"), passes) | further.get(f"{task}-{arm}", {})
+        for rate, passes in tried.items():
             name = known.get(f"{task}-{arm}-{rate}", f"{task}-rival-{arm}-{rate}")
             sweep[rate] = name
             seeds = (0, 3, 4, 5) if rate in chosen.get(f"{task}-{arm}", "").split() else (0,)
             if name in PRESETS:
                 PRESETS[name] = dataclasses.replace(PRESETS[name], seeds=(0, 1, 2, *seeds[1:]))
                 continue
-            tried = further[arm] if rate in more else passes
-            parts = dict(model=kind(**plain | settings), passes=tried, seeds=seeds)
+            parts = dict(model=kind(**plain | settings), passes=passes, seeds=seeds)
             _vary(base, name, {"train.muon_lr": rate}, f"{base}, {about}; Muon's rate {rate}", **parts)
 
 # Sleep for a pretrained model (chapter 16): small models learn to read, then to sleep.  What is compared has

@@ -68,8 +68,7 @@ def judge(claim, out=None):
     """
     row = {key: claim[key] for key in ("figure", "claim", "paper")}
     row |= dict(ours=claim.get("note", "-"), steps="-", whole=None, scale="-", seeds="-", device="-")
-    row["verdict"] = "not judged"
-    row["commands"] = []
+    row |= dict(verdict="not judged", commands=[])
     by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
     for runs in claim["runs"]:
         used, groups = [], {}
