@@ -127,6 +127,51 @@ def test_a_formula_without_room_is_found(visit):
     assert cut_off(page)[1]
 
 
+WIDE_FORMULAS = """() => [...document.querySelectorAll('.bd-article mjx-container[display="true"]')]
+  .map((m) => [m.scrollWidth > m.clientWidth, m.tabIndex === 0, getComputedStyle(m).maskImage !== "none"])"""
+
+
+def test_a_formula_wider_than_a_phone_fades_until_its_end_and_scrolls_by_keyboard(visit):
+    page = visit("book/05_chunks", PHONE)
+    page.wait_for_selector(".goes-on")
+    found = page.evaluate(WIDE_FORMULAS)
+    assert {wide for wide, *_ in found} == {True, False}
+    assert all(wide == reached == faded for wide, reached, faded in found)
+    formula = page.locator(".goes-on").first.element_handle()
+    formula.focus()
+    for _ in range(60):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("(m) => m.scrollLeft > 0 && getComputedStyle(m).maskImage === 'none'", arg=formula)
+    page.set_viewport_size(dict(zip(("width", "height"), WIDE)))
+    page.wait_for_function(f"() => !({WIDE_FORMULAS})().flat().includes(true)")
+
+
+# Formulas in the text that the mark after them has left: it stands on another line.
+LEFT_BEHIND = """() => [...document.querySelectorAll(".bd-article p span.math")].filter((formula) => {
+  const after = formula.nextSibling;
+  if (after?.nodeType !== Node.TEXT_NODE || !/^[.,:;!?)]/.test(after.data)) return false;
+  const mark = document.createRange();
+  mark.setStart(after, 0);
+  mark.setEnd(after, 1);
+  return mark.getBoundingClientRect().left < formula.getBoundingClientRect().right - 2;
+}).length"""
+
+
+@pytest.mark.parametrize("name", ["03_fast_weights", "04_delta_rule", "08_sleep"])
+def test_a_comma_stays_with_its_formula(visit, name):
+    page = visit(f"book/{name}", PHONE)
+    for width in range(320, 420, 5):
+        page.set_viewport_size({"width": width, "height": 812})
+        assert not page.evaluate(LEFT_BEHIND), width
+    split = """() => document.querySelectorAll('span[style*="nowrap"]').forEach((s) => s.style.whiteSpace = "normal")"""
+    page.evaluate(split)
+    widths = []
+    for width in range(320, 420, 5):
+        page.set_viewport_size({"width": width, "height": 812})
+        widths.append(page.evaluate(LEFT_BEHIND))
+    assert any(widths)
+
+
 @pytest.mark.parametrize("size", [PHONE, TABLET])
 def test_both_menus_open_by_touch(visit, size):
     page = visit("book/08_sleep", size, has_touch=True)
