@@ -163,8 +163,7 @@ def test_a_comma_stays_with_its_formula(visit, name):
     for width in range(320, 420, 5):
         page.set_viewport_size({"width": width, "height": 812})
         assert not page.evaluate(LEFT_BEHIND), width
-    split = """() => document.querySelectorAll('span[style*="nowrap"]').forEach((s) => s.style.whiteSpace = "normal")"""
-    page.evaluate(split)
+    page.add_style_tag(content='span[style*="nowrap"] { white-space: normal !important; }')
     widths = []
     for width in range(320, 420, 5):
         page.set_viewport_size({"width": width, "height": 812})
