@@ -7,11 +7,15 @@ from, or empty where answers may not use it.  USER is whom to become where jail.
 import ast
 import builtins
 import os
+import re
 import resource
 import signal
 import socket
 import sys
 import warnings
+
+# What a notebook allows beside Python: magics, shell commands, questions.
+NOT_PYTHON = re.compile(r"(\s*)(?:[%!?].*|[\w.]+\?{1,2}\s*|[\w., ]+=\s*[%!].*)$")
 
 
 def limit(megabytes, seconds):
@@ -48,13 +52,25 @@ def said(error):
     return f"{type(error).__name__}: {error}"[:300]
 
 
+def parsed(source):
+    """The syntax tree of a cell, without the lines that only a notebook understands."""
+    lines = source.splitlines()
+    while True:
+        try:
+            return ast.parse("\n".join(lines))
+        except SyntaxError as error:
+            number = (error.lineno or 0) - 1
+            found = NOT_PYTHON.match(lines[number]) if 0 <= number < len(lines) else None
+            if not found:
+                raise
+            lines[number] = found[1] + "pass"
+
+
 def runnable(source):
     """Code of a cell without magics and without visible checks, which are the student's own business."""
     if source.startswith("#@title Run me first"):  # it would install the library
         source = ""
-    lines = source.splitlines()
-    source = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in lines)
-    tree = ast.parse(source)
+    tree = parsed(source)
 
     def is_check(node):
         call = node.value if isinstance(node, ast.Expr) else None
@@ -66,16 +82,20 @@ def runnable(source):
 
 
 def run_cells(cells, namespace, seconds, progress=lambda number: None):
-    """Run the cells in order; those that fail once more at the end.  Returns number -> what went wrong."""
+    """Run the cells in order; those that fail once more at the end.  Returns number -> what went wrong.
+
+    A name that several cells bind is the last one's, as where a notebook is run from top to bottom.
+    """
 
     def too_long(*_):
         raise TimeoutError(f"the cell took more than {seconds} s")
 
     signal.signal(signal.SIGALRM, too_long)
-    order, wrong = list(range(len(cells))), {}
+    order, wrong, giver = list(range(len(cells))), {}, {}
     for _ in range(2):
         for number in order:
             progress(number)
+            before = dict(namespace)
             signal.alarm(seconds)
             try:
                 exec(runnable(cells[number]), namespace)
@@ -84,6 +104,11 @@ def run_cells(cells, namespace, seconds, progress=lambda number: None):
                 wrong[number] = said(error)
             finally:
                 signal.alarm(0)
+            for name in [name for name, x in namespace.items() if x is not before.get(name, before)]:
+                if giver.setdefault(name, number) > number:
+                    namespace[name] = before[name]
+                else:
+                    giver[name] = number
         order = [number for number in wrong if not wrong[number].startswith("TimeoutError")]
     return wrong
 
@@ -116,7 +141,7 @@ def main():
     limit(order["memory"], order["total"])
     wire.send(sock, wire.encode({"started": True}))
 
-    namespace = {"__name__": "__main__"}
+    namespace = {"__name__": "__main__", "display": print}  # a notebook has one
 
     def progress(number):
         wire.send(sock, wire.encode({"cell": number}))

@@ -14,6 +14,7 @@ import sleeplib as sl
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "course"))
+import child  # noqa: E402
 import runner  # noqa: E402
 import wire  # noqa: E402
 
@@ -85,6 +86,41 @@ def test_functions_go_over_as_calls_back(monkeypatch):
             pupil.answer("waits")(lambda: time.sleep(30))
     finally:
         pupil.stop()
+
+
+@pytest.mark.parametrize(
+    "cell, value",
+    [
+        ("%matplotlib inline\nx = 1", 1),
+        ("!pip install numpy\nfiles = !ls\nhere = %pwd\nprint?\nprint.x??\n?print\nx = 2", 2),
+        ("%%time\nx = 3", 3),
+        ("def f():\n    %time 1\n    return 4\nx = f()", 4),
+        ("x = ('%d'\n    % (5))", "5"),
+        ("x = (6\n    != 7)", True),
+        ("display(1)\nx = 7", 7),
+    ],
+)
+def test_a_cell_may_hold_what_a_notebook_allows(cell, value):
+    namespace = {"display": print}
+    assert child.run_cells([cell], namespace, 5) == {} and namespace["x"] == value
+
+
+def test_a_cell_that_is_not_python_is_told_so():
+    wrong = child.run_cells(["x = 1", "def f(:\n    pass", "if x:\n%%pass"], {}, 5)
+    assert set(wrong) == {1, 2} and all("Error" in text for text in wrong.values())
+
+
+def test_the_last_version_counts_though_an_earlier_cell_is_tried_again():
+    cells = [
+        "def f(): return 'first'\nassert f() == 'last'",  # an attempt with a check of its own
+        "y = g()",  # too early
+        "def g(): return 'late'",
+        "def f(): return 'last'",
+    ]
+    namespace = {}
+    wrong = child.run_cells(cells, namespace, 5)
+    assert set(wrong) == {0} and "AssertionError" in wrong[0]
+    assert namespace["f"]() == "last" and namespace["y"] == "late"
 
 
 def test_models_and_states_go_over():
