@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import integer, token_tensor
 from .interface import Sleepable
+from .kernels import use_numba
 from .state import LMState, check_eviction
 
 IGNORE = -100  # the label of a position where nothing is asked
@@ -74,6 +75,7 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
     check_model(model)
     passes = check_passes(passes)
     check_eviction(eviction)
+    window = None if window is None else integer("window", window, 1)
     if window is None and eviction == "sliding":
         token_tensor("tokens", tokens, model.vocab_size)
         window = tokens.shape[1]
@@ -196,6 +198,8 @@ def sleep_forward(
         raise ValueError(f"labels are on {labels.device}, inputs on {inputs.device}; only the CPU may differ")
     awake = awake_chunks(labels, window) if awake is None else _check_awake(awake, labels, window)
     state = model.initial_state(inputs.shape[0]) if state is None else state
+    if not isinstance(state, LMState):
+        raise TypeError(f"state must be an LMState; got {type(state).__name__}")
     key_window = window if eviction == "sliding" else None
     naps = sum(not asked for asked in awake[: inputs.shape[1] // window])  # still to come
 
@@ -205,8 +209,17 @@ def sleep_forward(
     def predict(tokens, state):
         return _act(model, "predict")(tokens, state, passes, key_window)
 
-    def step(f, *args):
-        return recompute(f, *args, use_reentrant=False, preserve_rng_state=False) if checkpoint else f(*args)
+    def read(tokens, state):
+        return model.blocks(model.embed(tokens), state, window=key_window, write_only=True)[1]
+
+    def step(f, *args, on=use_numba.on):
+        def same_kernels(*args):  # recomputed by those that ran, wherever a gradient is asked for
+            with use_numba(on):
+                return f(*args)
+
+        if not checkpoint:
+            return f(*args)
+        return recompute(same_kernels, *args, use_reentrant=False, preserve_rng_state=False)
 
     total, count, pieces = 0.0, 0, []
     labels = labels.to(inputs.device, non_blocking=True)
@@ -225,7 +238,7 @@ def sleep_forward(
             naps -= 1
             state = step(consolidate, tokens, state)
         else:
-            _, state = step(predict, tokens, state)
+            state = step(read, tokens, state)
         pieces.append(logits if return_logits else None)
     known = next((x for x in pieces if x is not None), torch.empty(0, device=inputs.device))
     loss = total / count if any(awake) else known.new_full((), torch.nan)

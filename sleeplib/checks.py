@@ -18,14 +18,15 @@ class Unfit(TypeError, ValueError):
 def integer(name, value, low=None, high=None, hint=""):
     """Return `value`, NumPy's too, as an int; refuse what is none (True is none) or out of range, by name."""
     limits = "" if low is None else f" of at least {low}" if high is None else f" in {low} .. {high}"
-    high = LARGEST if high is None else high
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise Unfit(f"{name} must be an int{limits}; got {value!r}{hint}")
-    if low is not None and number < low or number > high:
+    if high is None and number > LARGEST:
+        raise ValueError(f"{name} must be an int of at most {LARGEST}; got {number}{hint}")
+    if low is not None and number < low or high is not None and number > high:
         raise ValueError(f"{name} must be an int{limits}; got {number}{hint}")
     return number
 

@@ -40,6 +40,8 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
     device = next(model.parameters()).device
     options = dict(window=task.window, passes=passes, eviction=eviction)
     awake = awake_chunks(batch.labels, task.window)
+    if not any(awake):
+        raise ValueError("batch: its labels ask for nothing, they are -100 everywhere")
     begin = awake.index(True) * task.window
     logits = []
     for inputs, labels in zip(batch.inputs.to(device).split(chunk), batch.labels.split(chunk), strict=True):

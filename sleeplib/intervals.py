@@ -73,4 +73,7 @@ def paired_interval(before, after):
 
     Chapter: seeds
     """
-    return seed_interval([after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())])
+    shared = sorted(before.keys() & after.keys())
+    if len(shared) < 2:
+        raise ValueError(f"before and after must share at least two seeds; they share {shared}")
+    return seed_interval([after[seed] - before[seed] for seed in shared])

@@ -82,12 +82,13 @@ class ModelConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
         if self.loop is not None:
-            loop = tuple(self.loop) if isinstance(self.loop, (tuple, list)) else ()
-            whole = len(loop) == 2 and all(type(i) is int for i in loop)
-            if not whole or not 0 <= loop[0] <= loop[1] < len(self.pattern):
-                wanted = f"(first, last), 0 <= first <= last < {len(self.pattern)}"
-                raise ValueError(f"loop must be {wanted}; got {self.loop!r}")
-            object.__setattr__(self, "loop", loop)
+            wanted = f"(first, last), 0 <= first <= last < {len(self.pattern)}"
+            try:
+                first, last = (integer("loop", i, 0, len(self.pattern) - 1) for i in self.loop)
+                integer("last", last, first)
+            except (TypeError, ValueError):
+                raise ValueError(f"loop must be {wanted}; got {self.loop!r}") from None
+            object.__setattr__(self, "loop", (first, last))
 
     @property
     def K(self):
@@ -186,9 +187,8 @@ class HybridLM(Sleepable, nn.Module):
 
     def fast_parameters(self):
         """Of each block with an S the parameters of its mixer, and of the norm before it: a list."""
-        fast = zip(self.layers, self.initial_state(1).fast_weights)
-        parts = [part for block, S in fast if S is not None for part in (block.mixer_norm, block.mixer)]
-        return [p for part in parts for p in part.parameters()]
+        fast = [b for b in self.modules() if isinstance(b, Block) and isinstance(b.mixer, GatedDeltaNet)]
+        return [p for block in fast for part in (block.mixer_norm, block.mixer) for p in part.parameters()]
 
     def embed(self, tokens):
         """Look up tokens (B, T), int64, to h (B, T, D)."""
@@ -222,7 +222,7 @@ class HybridLM(Sleepable, nn.Module):
             If a file is damaged, or belongs to another kind of model.
         """
         own = Path(folder).is_dir() or Path(folder).is_absolute()
-        folder = Path(folder) if own else kept_model_path(folder)
+        folder = Path(folder) if own else kept_model_path(folder, "folder")
         config_file, weights_file = folder / "config.json", folder / "model.safetensors"
         for file in (config_file, weights_file):
             if not file.is_file():

@@ -38,10 +38,11 @@ def results_dir():
     return data_dir() / "results" if checkout() else Path.cwd() / "sleeplib-results"
 
 
-def kept_model_path(name):
+def kept_model_path(name, argument="name"):
     """Folder of a shipped model, by "rule110-quick/N4-seed0", or by the preset alone where it has only one.
 
-    A FileNotFoundError if `name` fits none, a ValueError if several; both list what there is.
+    A FileNotFoundError if `name` fits none, a ValueError if several; both list what there is, and call `name`
+    what the caller's `argument` is called.
 
     Chapter: 11_rule110
     """
@@ -49,9 +50,10 @@ def kept_model_path(name):
     kept = {f.parent.relative_to(root).as_posix(): f.parent for f in sorted(root.glob("*/*/config.json"))}
     found = [key for key in kept if str(name) in (key, key.split("/")[0])]
     if not found:
-        raise FileNotFoundError(f"name: no model {str(name)!r} is kept; there are {', '.join(kept)}")
+        known = f"{str(name)!r} is no folder, and no model of the book; these are {', '.join(kept)}"
+        raise FileNotFoundError(f"{argument}: {known}")
     if len(found) > 1:
-        raise ValueError(f"name: {str(name)!r} is ambiguous; write one of {', '.join(found)}")
+        raise ValueError(f"{argument}: {str(name)!r} is ambiguous; write one of {', '.join(found)}")
     return kept[found[0]]
 
 
@@ -195,7 +197,7 @@ def score_table(arms, seeds, key="exact"):
 
     Chapter: 11_rule110
     """
-    width = max(map(len, arms))
+    width = max(4, *map(len, arms))
     lines = [f"{'seed':{width}}  " + "  ".join(f"{seed:4}" for seed in seeds) + "    mean"]
     for label, (preset, passes, *folder) in arms.items():
         scores = final_scores(preset, passes, seeds, *folder, key=key)

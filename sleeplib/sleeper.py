@@ -60,6 +60,7 @@ class Sleeper:
         # Fixed: what was read of a window was read with these in mind.
         self._window, self._passes = integer("window", window, 1), check_passes(passes)
         self._eviction, self._stream = eviction, None
+        self._sleeps = self._passes > 1 and model.has_fast_weights  # else a nap only drops the cache
 
     window = property(lambda self: self._window, doc="L, tokens between naps.")
     passes = property(lambda self: self._passes, doc="N, the awake pass included.")
@@ -119,13 +120,13 @@ class Sleeper:
         memories, position = stream.state.blocks(), stream.state.position + h.shape[1]
         read, memories = model.run(h, memories, range(last + 1), self._key_window())
         h, memories = model.run(read, memories, range(last + 1, len(memories)), self._key_window())
-        kept = (*stream.read, read) if self.passes > 1 else ()
+        kept = (*stream.read, read) if self._sleeps else ()
         return model.readout(h), replace(stream, state=LMState.from_blocks(memories, position), read=kept)
 
     def _nap(self, stream):
         """Passes 2 .. N over the full window, from the caches at its start; then eviction."""
         model, state, (first, last) = self.model, stream.state, self.model.loop
-        if self.passes > 1 and model.has_fast_weights:
+        if self._sleeps:
             awake, start = state.blocks(), stream.boundary.blocks()
             # The blocks after the loop read each window once, and what they read is the last pass.
             start = [b._replace(S=a.S) if i <= last else b for i, (a, b) in enumerate(zip(awake, start))]

@@ -32,12 +32,15 @@ def free_cores(seconds=0.1):
     except OSError:
         return len(cores())
     idle, total = (b - a for a, b in zip(before, after))
-    return round(os.cpu_count() * idle / max(1, total))
+    return round(len(cores()) * idle / max(1, total))
 
 
 def _ticks():
-    numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk, all
+    """Ticks that the cores of this process have spent idle or waiting for a disk, and all of their ticks."""
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    own = {f"cpu{core}" for core in cores()}
+    times = [[int(n) for n in numbers] for name, *numbers in lines if name in own]
+    return sum(t[3] + t[4] for t in times), sum(map(sum, times))
 
 
 def sleep_soon():

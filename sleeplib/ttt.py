@@ -110,8 +110,17 @@ class TestTimeTrained(HybridLM):
             state, fast_weights=(*state.fast_weights[:-1], self.layers[-1].first_weights(batch_size))
         )
 
+    def fast_parameters(self):
+        """The weights that every window's steps start from, and the rates of these steps: a list."""
+        return [*self.layers[-1].first.parameters(), self.layers[-1].log_rate]
+
     def consolidate(self, tokens, state, passes, window=None):
-        """Read a window once, and take N steps on the cross-entropy of its tokens 2, 3, ..."""
+        """Read a window once, and take N steps on the cross-entropy of its tokens 2, 3, ...
+
+        A RuntimeError under :class:`torch.inference_mode`, where nothing can learn.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("this model takes gradient steps while it reads: use torch.no_grad")
         h, block, trained = self.embed(tokens), self.layers[-1], torch.is_grad_enabled()
         self.check_state(state, h)
         h, memories = self.run(h, state.blocks(), range(len(self.layers) - 1), window)
@@ -119,7 +128,8 @@ class TestTimeTrained(HybridLM):
         weights, rates = memories[-1].S.unbind(1), block.log_rate.exp()
         # The kernels' gradients have no gradients: what is differentiated twice is plain PyTorch.
         with torch.enable_grad(), use_numba(False):
-            weights = weights if trained else [W.detach().requires_grad_() for W in weights]
+            # A state that was cut off, or weights that are not trained, are a leaf to take steps from.
+            weights = [W if trained and W.requires_grad else W.detach().requires_grad_() for W in weights]
             for _ in range(passes):
                 logits = self.readout(block.feed(h, weights))[:, :-1].flatten(0, 1)
                 loss = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")

@@ -332,6 +332,63 @@ def test_test_time_training_is_trained_through_its_steps():
         assert gradient.abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("how", ["truncate", "checkpoint", "frozen", "fast"])
+def test_test_time_training_learns_also_where_its_own_training_is_cut(how):
+    """The inner steps need a gradient of their own, whatever is trained from outside."""
+    model, _ = rival(TTTConfig, "aaaa")
+    tokens = sequence(3 * L + 1)
+    labels = labels_at(tokens, [3 * L])
+
+    def run(**options):
+        model.zero_grad()
+        out = sl.sleep_forward(model, tokens, labels, window=L, passes=2, **options)
+        if out.loss.requires_grad:
+            out.loss.backward()
+        return out.logits, [p.grad for p in model.parameters()]
+
+    logits, gradients = run()
+    if how == "frozen":
+        model.requires_grad_(False)
+    if how == "fast":
+        model.learn("fast")
+    cut, after = run(**{"truncate": dict(truncate=1), "checkpoint": dict(checkpoint=True)}.get(how, {}))
+    close(cut, logits)
+    if how == "checkpoint":
+        for a, b in zip(after, gradients, strict=True):
+            close(a, b)
+    trained = {name for (name, _), g in zip(model.named_parameters(), after, strict=True) if g is not None}
+    fast = {"layers.3.log_rate", *(f"layers.3.first.{name}.weight" for name in ("gate", "up", "down"))}
+    assert how != "fast" or trained == fast
+    assert how != "frozen" or not trained
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"):
+        run()
+
+
+def test_untied_passes_learn_all_their_fast_weights_first():
+    model, plain = rival(UntiedConfig, sets=3)
+    assert len(model.fast_parameters()) == 3 * len(plain.fast_parameters()) > 0
+    assert {id(p) for p in model.earlier[0][1].mixer.parameters()} < {id(p) for p in model.fast_parameters()}
+
+
+@pytest.mark.parametrize("kind, settings", ARMS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_window_that_is_still_open_is_read_once_and_kept(kind, settings, monkeypatch):
+    model, _ = rival(kind, "aaaa" if kind is TTTConfig else "agag", **settings)
+    tokens = sequence(L + 2)
+    labels = torch.full_like(tokens, -100)
+    state = sl.sleep_forward(model, tokens[:, :L], labels[:, :L], window=L, passes=3).state
+    reads = []
+    monkeypatch.setattr(model, "readout", lambda h: pytest.fail("nothing is asked"))
+    model.layers[0].register_forward_hook(lambda *_: reads.append(1))
+    with torch.no_grad():
+        after = sl.sleep_forward(model, tokens[:, L:], labels[:, L:], window=L, passes=3, state=state).state
+    assert len(reads) == 1 and after.position == L + 2
+    with pytest.raises(ValueError, match="^window must be an int of at least 1; got 0"):
+        sl.sleep(model, tokens[:, :L], state, passes=3, window=0)
+    before = 0 if state.kv is None or state.kv[0] is None else state.kv[0][0].shape[1]
+    most = settings.get("keep") or before + 2
+    assert after.kv[0][0].shape[1] == min(before + 2, most) > 0
+
+
 def test_its_loss_carries_no_signal_on_rule_110_and_some_on_depo():
     """Rule 110's bits are fair coins: none predicts the next.  In Depo it is an edge's end, as asked."""
     cells = sl.tasks.Rule110(12, 2, 6).batch(20_000, np.random.default_rng(0)).inputs[:, :12]

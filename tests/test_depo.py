@@ -195,16 +195,18 @@ def test_score_and_chance_have_the_same_keys_and_mean_what_they_say():
 def test_chance_is_a_guess_among_the_nodes():
     """A guesser that knows the nodes' names and nothing else scores as `chance` says."""
     rng = np.random.default_rng(0)
-    for task in TASKS.values():
+    back = sl.tasks.Depo(nodes=4, hops=4, fewest=4, letters=60, word=(1, 1), queries=2, windows=1)
+    for task in (*TASKS.values(), back):  # on a ring of four, four hops lead back to the start
         batch = draw(task, 500, split="test")
         logits = torch.zeros(*batch.inputs.shape, task.vocab_size)
         for row in range(500):
             texts = [task.vocab[i] for i in batch.inputs[row]]
             names = words(texts[: task.context])[::2]
             position = task.context
-            for _, start, _, goal in zip(*(words(texts[task.context :])[i::4] for i in range(4))):
+            for hops, start, _, goal in zip(*(words(texts[task.context :])[i::4] for i in range(4))):
                 position = texts.index("<answer>", position) + 1
                 guess = names[rng.choice([i for i, name in enumerate(names) if name != start])]
+                guess = start if int(hops[1:-1]) % task.nodes == 0 else guess
                 for offset, part in enumerate(guess[: len(goal)]):
                     logits[row, position - 1 + offset, task.vocab.index(part)] = 1.0
         score, chance = task.score(logits, batch), task.chance()
@@ -212,7 +214,9 @@ def test_chance_is_a_guess_among_the_nodes():
             if key.startswith(("exact", "token")):
                 assert score[key] == pytest.approx(chance[key], abs=0.05), key
         labels = (batch.labels >= 0).sum().item() / (500 * min(task.nodes, task.queries))
-        assert chance["loss"] == pytest.approx(math.log(task.nodes - 1) / labels, rel=0.02)
+        by_hops = [chance[key] for key in chance if key.startswith("loss/")]
+        assert chance["loss"] == pytest.approx(sum(by_hops) / len(by_hops))
+        assert max(by_hops) == pytest.approx(math.log(task.nodes - 1) / labels, rel=0.02)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

@@ -242,6 +242,9 @@ def test_a_foreign_state_is_refused(how):
     for call in (model, lambda t, s: sl.sleep(model, t, s, passes=2)):
         with pytest.raises((ValueError, TypeError), match=names):
             call(tokens, state)
+    if state is not None:
+        with pytest.raises((ValueError, TypeError), match=names):
+            sl.sleep_forward(model, tokens, torch.full_like(tokens, -100), window=2, state=state, truncate=1)
 
 
 @pytest.mark.parametrize(

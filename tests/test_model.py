@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -36,6 +37,13 @@ import sleeplib as sl
 def test_a_bad_config_is_refused(error, names, fields):
     with pytest.raises(error, match=names):
         sl.ModelConfig(**(dict(vocab_size=3) | fields))
+
+
+def test_sizes_may_be_numpys_and_none_is_too_large():
+    config = sl.ModelConfig(vocab_size=np.int64(3), d_model=16, num_heads=2, loop=np.array([1, 2]))
+    assert config.loop == (1, 2) and {type(i) for i in (*config.loop, config.vocab_size)} == {int}
+    with pytest.raises(ValueError, match=f"^vocab_size must be an int of at most {2**31 - 1}; got {2**31}"):
+        sl.ModelConfig(vocab_size=2**31)
 
 
 def test_config_and_state_are_frozen():
@@ -185,6 +193,11 @@ def damage(folder, how):
         weights.write_bytes(weights.read_bytes()[:-5])
     elif how == "empty":
         weights.write_bytes(b"")
+
+
+def test_a_mistyped_folder_is_named_as_such():
+    with pytest.raises(FileNotFoundError, match="^folder: 'nowhere/x' is no folder, and no model"):
+        sl.HybridLM.from_checkpoint("nowhere/x")
 
 
 @pytest.mark.parametrize("how", ["no config", "no weights"])

@@ -76,6 +76,8 @@ def test_a_table_has_a_column_a_seed_and_a_dash_where_nothing_was_run(tmp_path):
         "asleep      0.50     -  0.75    0.62",
         "awake, too     -     -     -    not run yet",
     ]
+    short = records.score_table({"N": arms["asleep"]}, (0, 2)).split("\n")
+    assert short == ["seed     0     2    mean", "N     0.50  0.75    0.62"]
 
 
 def refuse(code):
@@ -236,7 +238,7 @@ def test_a_kept_model_is_found_by_its_short_name():
         records.kept_model_path("depo-quick")
     for name in ("depo-quack", "../checkpoints/depo-quick/N4-seed0", ""):
         with pytest.raises(
-            FileNotFoundError, match="^name: no model .* is kept; there are .*depo-quick/N1-seed0"
+            FileNotFoundError, match="^name: .* is no folder, and no model .*; these .*depo-quick/N1-seed0"
         ):
             records.kept_model_path(name)
 

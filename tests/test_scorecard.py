@@ -160,7 +160,7 @@ def test_intervals_hold_the_truth_19_times_in_20(seeds):
 def test_intervals_refuse_what_says_nothing():
     with pytest.raises(ValueError, match="^values must be of at least two seeds; got 1"):
         seed_interval([0.5])
-    with pytest.raises(ValueError, match="^values"):
+    with pytest.raises(ValueError, match=r"^before and after must share .* two seeds; they share \[1\]"):
         paired_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 0.0})
     for p, count in ((1.2, 5), (-0.1, 5), (0.5, 0), (float("nan"), 5)):
         with pytest.raises(ValueError, match="^p must lie in"):

@@ -205,6 +205,13 @@ def test_the_nap_comes_with_the_last_token_of_a_window():
     assert sleeper.naps == 1 and sleeper.state.kv is None and sleeper.state.position == L
 
 
+def test_a_model_without_fast_weights_keeps_nothing_for_a_nap():
+    once, often = (sl.Sleeper(tiny_model("aa"), window=L, passes=n) for n in (1, 4))
+    for sleeper in (once, often):
+        sleeper.feed(sequence(L - 1))
+    assert once.nbytes() == often.nbytes() > 0
+
+
 def test_a_sleeper_keeps_no_graph():
     sleeper = sl.Sleeper(tiny_model(), window=L, passes=2)
     assert not sleeper.feed(sequence(L + 1)).requires_grad

@@ -104,6 +104,16 @@ def test_only_as_many_as_there_are_free_cores_are_tried(monkeypatch):
     assert 0 <= threads.free_cores() <= os.cpu_count()
 
 
+def test_free_are_those_of_the_cores_that_are_ours(monkeypatch):
+    """Ours is one core of four, and busy."""
+    monkeypatch.undo()
+    times = iter(("cpu  60 0 0 340 0\ncpu0 0 0 0 100 0\ncpu3 60 0 0 40 0\n",
+                  "cpu  70 0 0 370 0\ncpu0 0 0 0 110 0\ncpu3 70 0 0 40 0\n"))  # fmt: skip
+    monkeypatch.setattr(threads, "cores", lambda: [3])
+    monkeypatch.setattr(threads.Path, "read_text", lambda self: next(times))
+    assert threads.free_cores(0) == 0
+
+
 def test_a_machine_that_becomes_busy_gets_one_thread():
     with threads.chosen(4) as choice:
         for seconds in (1.0, 0.9, 5.0, 1.0, 5.0, 5.0):  # an evaluation now and then is no reason

@@ -179,6 +179,14 @@ def test_without_resume_a_run_starts_anew(tmp_path):
     assert again["status"] == "done" and again["tokens"] == 4 * 4 * experiment.task.length
 
 
+def test_a_batch_that_asks_nothing_is_not_scored():
+    experiment = tiny_experiment()
+    batch = experiment.task.batch(2, np.random.default_rng(0))
+    silent = batch._replace(labels=torch.full_like(batch.labels, -100))
+    with pytest.raises(ValueError, match="^batch: its labels ask for nothing"):
+        evaluation.evaluate(experiment.model.build(), experiment.task, silent, passes=1)
+
+
 @pytest.mark.parametrize("where", ["between the optimizers", "in the evaluation", "in the checkpoint"])
 def test_ctrl_c_finishes_the_step_and_resumes_exactly(tmp_path, where, monkeypatch):
     experiment = tiny_experiment(steps=8, eval_every=4, save_every=4)

@@ -45,7 +45,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     This is equation (3) of the paper, in its letters, with the delta-rule correction of its section 3.1; here
     the state is stored key-first, so the code computes ``o = scale * S.T @ q``.  A ValueError on a shape that
     does not fit, an unknown backend, or `g` that is positive or NaN; a TypeError on an argument that is not a
-    dense floating-point tensor, or on mixed dtypes.
+    dense floating-point tensor, or on float64 among other precisions.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ import torch
 from . import reference
 from .jit import plain
 
-LOWEST = -100.0  # exp(-100) is 0 in float32; a floor keeps -inf out of the differences G_i - G_j
+LOWEST = -100.0  # exp(-100) is nothing to float32; a floor keeps -inf out of the differences G_i - G_j
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta, chunk=64):

@@ -323,11 +323,15 @@ def _chance(task):
     other = words[rows, rng.integers(1, n, count)]  # node 0 stands for the goal, guess another or itself
     real = np.arange(task.word[1]) < lengths[:, :1]
     miss = ((other == words[:, 0]) & real).sum() / real.sum()
-    token = 1 / (n - 1) + (1 - 1 / (n - 1)) * float(miss)
-    result = {"loss": math.log(n - 1) / size, "token": token, "exact": (n - 1.0) ** -min(n, task.queries)}
-    for power in range(task.hops.bit_length()):
-        k = 2**power
-        known = k % n == 0  # the walk ends where it began
-        result[f"loss/{k}"] = 0.0 if known else math.log(n - 1) / size
-        result[f"exact/{k}"] = 1.0 if known else 1 / (n - 1)
+    powers = [2**power for power in range(task.hops.bit_length())]
+    known = {k: float(k % n == 0) for k in powers}  # the walk ends where it began
+    right = {k: known[k] + (1 - known[k]) / (n - 1) for k in powers}
+    mean, nats = sum(right.values()) / len(powers), math.log(n - 1) / size
+    result = {
+        "loss": nats * (1 - sum(known.values()) / len(powers)),
+        "token": mean + (1 - mean) * float(miss),
+        "exact": mean ** min(n, task.queries),
+    }
+    for k in powers:
+        result |= {f"loss/{k}": nats * (1 - known[k]), f"exact/{k}": right[k]}
     return result
