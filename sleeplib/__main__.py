@@ -1,12 +1,14 @@
 """The command line: ``python -m sleeplib`` or ``sleeplib``."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 
 import numpy as np
+import torch
 
-from . import experiments, processes, records, runs, tasks
+from . import checks, experiments, processes, records, runs, tasks
 from .doctor import examine
 from .gpu_check import gpu_check as check_gpu
 from .reproduce import core_hours, runs_of
@@ -15,12 +17,16 @@ from .scorecard import scorecard as judge_all
 from .scorecard import to_json
 
 OUT = "data/results of a checkout, else ./sleeplib-results"
+SCALES = "what follows the task in a preset's name: quick, rate, ablation, rival, taught, small, paper"
 STATES = ("done", "failed", "begun", "to do")
 EXIT = {"failed": 1, "interrupted": 130, "terminated": 143}  # as a shell reports the signals
 
 
 def list_presets(args):
-    """Print every preset: its runs done, begun and to do, and the core-hours of each N as measured here."""
+    """Print every preset: its runs done, begun and to do, and the core-hours of each N as measured here.
+
+    After ~ they are estimated, from the speed of the task's other runs.
+    """
     costs = core_hours(args.out)
     for name, experiment in (experiments.PRESETS | experiments.PRETRAINED).items():
         found = Counter(state for state, _ in runs_of(experiment, args.out).values())
@@ -34,7 +40,8 @@ def list_presets(args):
 def sample(args):
     """Print one sequence of a task and what is asked."""
     task = tasks.TASKS[args.task]()
-    batch = task.batch(1, np.random.default_rng(args.seed), split=args.split)
+    rng = np.random.default_rng(checks.integer("seed", args.seed, 0))
+    batch = task.batch(1, rng, split=args.split)
     for start in range(0, batch.inputs.shape[1], task.window):
         window = slice(start, start + task.window)
         print(f"{start:5}  {' '.join(task.vocab[i] for i in batch.inputs[0, window])}")
@@ -109,7 +116,7 @@ def doctor(args):
 
 
 def gpu_check(args):
-    """Check a GPU in ten minutes: backends, a captured step, tests; time and memory of each preset."""
+    """Check a GPU in ten minutes: backends, a captured step, tests; time and memory of small presets."""
     report = check_gpu(args.device, args.out, args.minutes)
     return int(bool(report["wrong"]))
 
@@ -127,7 +134,8 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True)
 
     def add(name, function):
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        said = function.__doc__
+        command = commands.add_parser(name, help=said.splitlines()[0], description=said)
         command.set_defaults(function=function)
         return command
 
@@ -138,9 +146,9 @@ def parser():
     p.add_argument("task", choices=tasks.TASKS)
     p.add_argument("--split", choices=("train", "test"), default="train")
     p = add("run", run)
-    p.add_argument("preset")
+    p.add_argument("preset", help="its name; `sleeplib list` shows all")
     p.add_argument("--passes", type=int, required=True, help="N, sleep passes")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU if there is one")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
     p.add_argument("--stop-after", type=int, metavar="STEPS", help="stop after so many steps more")
     parts = "parts of a batch, one by one: less memory (default: as few as fit a GPU)"
@@ -149,11 +157,11 @@ def parser():
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=300")
     p = add("reproduce", reproduce)
     p.add_argument("task", choices=tasks.TASKS)
-    p.add_argument("--scale", default="quick", help="quick, rate, ablation, small or paper")
+    p.add_argument("--scale", default="quick", help=SCALES)
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
     p = add("bench", bench)
-    p.add_argument("--repeats", type=int, default=9)
+    p.add_argument("--repeats", type=int, default=9, help="turns of each kernel (default: 9)")
     p.add_argument("--figure6", action="store_true", help="throughput at the paper's Figure 6, on one GPU")
     p.add_argument("--dry-run", action="store_true", help="its predicted cost, and a small shape on the CPU")
     add("doctor", doctor)
@@ -177,8 +185,17 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try:
         return args.function(args) or 0
+    except BrokenPipeError:  # whoever read has seen enough; nor is there anything to say at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"sleeplib: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        hint = "a larger --micro-batches makes a step smaller" if args.function is run else "nothing was done"
+        print(f"sleeplib: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import experiments, records
+from .checks import integer
 from .device import multiplies_bfloat16
 from .flops import training_flops
 from .kernels import gated_delta_rule, softmax_attention
@@ -51,7 +52,10 @@ def matmul_peak(repeats, device="cpu", dtype=torch.float32, size=1024):
 
 def kernels(repeats):
     """Time the recurrence, forward and forward + backward."""
-    from transformers.models.qwen3_next import modeling_qwen3_next as oracle
+    try:
+        from transformers.models.qwen3_next import modeling_qwen3_next as oracle
+    except ImportError as error:
+        raise ImportError("bench needs transformers: pip install 'sleeplib[pretrained]'") from error
 
     for B, T, H, K, V in SHAPES:
         torch.manual_seed(0)
@@ -295,6 +299,7 @@ def gpu(repeats, preset="rule110-small"):
 
 def main(repeats=9):
     """Run every part and print it."""
+    repeats = integer("repeats", repeats, 1)
     print(records.processor())
     if torch.cuda.is_available():
         gpu(repeats)

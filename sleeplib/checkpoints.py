@@ -22,7 +22,11 @@ def save_checkpoint(trainer, path):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(notes, allow_nan=False)
     content = save(tensors, metadata={"sleeplib": text, "digest": BLANK.decode()})
-    write_atomically(path, content.replace(BLANK, hashlib.sha256(content).hexdigest().encode(), 1))
+    content = content.replace(BLANK, hashlib.sha256(content).hexdigest().encode(), 1)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise OSError(error.errno, f"checkpoint not written: {error.strerror}", str(path)) from error
 
 
 def load_checkpoint(trainer, path):

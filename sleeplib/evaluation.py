@@ -16,7 +16,7 @@ def held_out(task, count, seed, split="test"):
 
 @torch.no_grad()
 def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
-    """Score a model on a batch, asleep and awake as in training.
+    """Score a model on a batch, asleep and awake as in training, in the precision of its weights.
 
     Parameters
     ----------

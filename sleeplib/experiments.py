@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -288,5 +289,7 @@ def get(name):
         return name
     known = PRESETS | PRETRAINED
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(known)}")
+        near = get_close_matches(str(name), known, n=5)
+        like = f"; {', '.join(near)} sound alike" * bool(near)
+        raise ValueError(f"preset {name!r} is unknown{like}; `sleeplib list` shows all {len(known)}")
     return known[name]

@@ -1,6 +1,7 @@
 """What fine-tuning adds to the training loop: weights that start from those of a trained model."""
 
 from .model import HybridLM
+from .records import data_dir
 
 
 def start_from(model, folder):
@@ -30,7 +31,7 @@ def start_from(model, folder):
     try:
         kept = HybridLM.from_checkpoint(folder).to(model.dtype)
     except FileNotFoundError as error:
-        hint = "sleeplib run PRESET --keep data/checkpoints makes one"
+        hint = f"sleeplib run PRESET --keep {data_dir() / 'checkpoints'} makes one"
         raise FileNotFoundError(f"train.start: {error}; {hint}") from error
     except ValueError as error:
         raise ValueError(f"train.start: {error}") from error

@@ -56,7 +56,7 @@ def gpu_check(device="cuda", out="gpu-check.json", minutes=10, say=print):
     Raises
     ------
     ValueError, OSError
-        If there is no such device, `minutes` is no positive number, or `out` cannot be written.
+        If there is no such device, `minutes` is no number of at least 0, or `out` cannot be written.
 
     Chapter: 10_training
     """

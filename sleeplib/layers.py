@@ -208,7 +208,9 @@ def _attend(q, k, v, sliding_window, ages):
 def newest(x, context, count):
     """The newest `count` of the inputs x (B, T, C) and, before them, context (B, count, C) or zeros."""
     T = x.shape[1]
-    return x[:, T - count :] if T >= count else kernels.prepend_context(x, context, count + 1)[:, T:]
+    if T < count:
+        return kernels.prepend_context(x, context, count + 1)[:, T:]
+    return x[:, T - count :].clone()  # a view would keep the whole window alive
 
 
 class ShortConvolution(nn.Module):

@@ -140,7 +140,7 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
         As :func:`sleeplib.records.load_records` returns them; or one record, a Trainer, its curve, or a list
         of records and Trainers.
     metric : str
-        A key of the curve's metrics, or ``"loss"`` for the training loss.
+        A key of the curve's metrics, on held-out data; where an entry has none, its ``"loss"`` in training.
     x : {"tokens", "step"} or callable
         A key of the curve, or a function of the record and an entry of its curve.
     chance : bool

@@ -162,7 +162,7 @@ _vary("rule110-rate-8e-3", "rule110-rate-8e-3-bfloat16", settings, about, **part
 
 # The rivals of sleep (chapter 15), each with the settings that differ and the N that it is run with.  Muon's
 # rate is swept on seed 0; the comparison is made on seeds from 3 on, at the best rate of each.
-keys, looped, state = dict(pattern="aaaa"), (4,), dict(key_size=16, value_size=32)
+keys, looped = dict(pattern="aaaa"), (4,)
 rivals = {
     "recent2": (PruneConfig, keys | dict(keep=2), (1,), "the newest 2 tokens kept word for word"),
     "recent4": (PruneConfig, keys | dict(keep=4), (1,), "the newest 4 tokens kept word for word"),

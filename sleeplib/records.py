@@ -142,7 +142,7 @@ def load_record(path):
         record = json.loads(Path(path).read_text(), parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"path: {path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or set(record) != set(KEYS):
+    if not isinstance(record, dict) or set(record) != set(KEYS) or not isinstance(record["status"], str):
         raise ValueError(f"path: {path} is not a run record")
     return record
 

@@ -3,10 +3,13 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import product
 from statistics import median
 
@@ -30,7 +33,8 @@ def runs_of(experiment, out=None, seeds=None):
     """
     out = records.results_dir() if out is None else out  # what was shipped is not what was made here
     found = {(r["passes"], r["seed"]): r for r in records.load_records(experiment.name, out=out)}
-    ended = {key: r for key, r in found.items() if r["status"].split(":")[0] in ("done", "failed")}
+    own = {key: r for key, r in found.items() if r["config_hash"] == experiment.config_hash()}
+    ended = {key: r for key, r in own.items() if r["status"].split(":")[0] in ("done", "failed")}
     wanted = product(experiment.passes, experiment.seeds if seeds is None else seeds)
     runs = {}
     for n, seed in sorted({*wanted, *(ended if seeds is None else ())}, key=lambda key: (key[1], -key[0])):
@@ -122,18 +126,45 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
         return text + f" and {len(left) - len(known)} runs never timed here" * (len(known) < len(left))
 
     say(f"{name}: {total} runs to make, {jobs} at a time, {hours()}")
-    with ThreadPoolExecutor(jobs, initializer=pin_to_cores, initargs=(shares(jobs),)) as pool:
-        futures = {pool.submit(subprocess.run, c, env=environment): key for key, c in commands.items()}
-        codes = []
+    running, codes, stopped = [], [], threading.Event()
+
+    def finish(command):
+        # A group of its own: Ctrl-C in a terminal would reach it, and then the signal that is sent below.
+        process = subprocess.Popen(command, env=environment, process_group=0)
+        running.append(process)
+        if stopped.is_set():
+            process.terminate()
+        code = process.wait()
+        running.remove(process)
+        return code
+
+    with _stopped_by_sigterm(), ThreadPoolExecutor(jobs, None, pin_to_cores, (shares(jobs),)) as pool:
+        futures = {pool.submit(finish, command): key for key, command in commands.items()}
         try:
             for future in as_completed(futures):
                 preset, n, seed = key = futures[future]
-                codes.append(future.result().returncode)
+                codes.append(future.result())
                 del left[key]
                 how = "done" if not codes[-1] else f"stopped with code {codes[-1]}"
                 clock = time.strftime("%H:%M")
                 say(f"{clock}  {len(codes)} of {total}: {preset} N={n} seed={seed} {how}; {hours()}")
             return chosen, codes
-        except KeyboardInterrupt:  # the runs in hand save their checkpoints and stop by themselves
-            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+            for process in tuple(running):  # each stops after the step in hand, and saves a checkpoint
+                process.terminate()
             raise
+
+
+@contextmanager
+def _stopped_by_sigterm():
+    """Let SIGTERM stop what Ctrl-C stops; only a main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

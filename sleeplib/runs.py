@@ -8,7 +8,7 @@ import torch
 
 from . import processes, records
 from . import threads as cpu
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import load_checkpoint, save_checkpoint, steps_done
 from .checks import integer
 from .evaluation import held_out
 from .experiments import get
@@ -54,7 +54,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     resume : bool
         Go on from the run's checkpoint, if there is one; the record of a finished run is returned as it is.
     overwrite : bool
-        Train anew though there is a finished record, and replace it.
+        Train anew though there is a finished record, or a run that was stopped.  A finished record stands
+        until the new run is finished too.
     stop_after : int, optional
         Stop after that many steps more; the checkpoint stays for the next call.
     keep : path_like, optional
@@ -74,7 +75,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     ------
     ValueError, OSError
         Before the first step: an argument does not fit, `out` or `keep` cannot be written, a checkpoint is
-        damaged or foreign, or a record stands in the way, a finished one or one of another configuration.
+        damaged or foreign, or something stands in the way: a finished record, one of another configuration,
+        or the checkpoint of a run that was stopped.
 
     Chapter: 11_rule110
     """
@@ -94,6 +96,9 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
         if processes.rank() == 0:
             checkpoint.unlink(missing_ok=True)
         return old
+    if not (resume or overwrite) and (steps := steps_done(checkpoint)):
+        ways = "resume=True (--resume) goes on, overwrite=True (--overwrite) trains anew"
+        raise ValueError(f"out: {checkpoint} is a run that was stopped after step {steps}; {ways}")
     commit = records.commit()  # of the code that runs, not of what is edited meanwhile
     trainer = Trainer(experiment, passes, seed, device, micro_batches)
     found = load_checkpoint(trainer, checkpoint) if resume and checkpoint.exists() else {}
@@ -109,15 +114,14 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     # Tries are for one process: where weights lie in parts, a call waits for all.
     probe = trainer.probe if trainer.device.type == "cpu" and not trainer.sharded else None
     with cpu.chosen(threads or found.get("threads"), probe) as choice:
-        save = partial(save_checkpoint, trainer, checkpoint)
-        status = trainer.run(stop_after, save, progress, choice.step_took)
+        status = trainer.run(stop_after, partial(_save, trainer, checkpoint), progress, choice.step_took)
         record = make_record(trainer, status, command, *commit)
     done = record["status"] == "done"
     model = trainer.whole_model() if done and kept else None
     if trainer.rank > 0:  # the first process writes
         return record
-    if (old := _standing(path, experiment, overwrite)) is not None:
-        record = old  # another process was quicker
+    if (old := _standing(path, experiment, overwrite and done)) is not None:
+        record = record if overwrite else old  # another process was quicker
     else:
         if done and kept:
             model.half().save(kept)
@@ -125,6 +129,15 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     if done:  # what it holds is safe elsewhere by now
         checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _save(trainer, checkpoint):
+    """Write a checkpoint.  At the end of training the record is what counts: it is tried without one, too."""
+    try:
+        save_checkpoint(trainer, checkpoint)
+    except OSError:
+        if trainer.step < trainer.experiment.train.steps:
+            raise
 
 
 def _standing(path, experiment, overwrite):

@@ -22,6 +22,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from statistics import mean
 
+from .experiments import get
 from .intervals import Interval, paired_interval
 from .records import data_dir, load_records
 
@@ -73,7 +74,8 @@ def judge(claim, out=None):
     for runs in claim["runs"]:
         used, groups = [], {}
         for r in [r for p in runs["presets"] for r in load_records(p, 1 if by_steps else None, out)]:
-            if r["status"] == "done" and r["seed"] in runs.get("seeds", [r["seed"]]):
+            own = r["config_hash"] == get(r["preset"]).config_hash()  # not run with other settings
+            if own and r["status"] == "done" and r["seed"] in runs.get("seeds", [r["seed"]]):
                 x = r["config"]["task"]["steps"] if by_steps else r["passes"]
                 groups.setdefault(x, {})[r["seed"]] = score(r["final"], claim["score"])
                 used.append(r)

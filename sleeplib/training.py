@@ -214,11 +214,16 @@ class Trainer:
         self.curve.append(entry | dict(metrics=self.evaluate(self.test)))
 
     def evaluate(self, batch):
-        """Score on held-out data, with the eviction that training ends with."""
+        """Score on held-out data, with the eviction that training ends with.
+
+        On a GPU as many sequences at a time as a part of a training step has: these fit.
+        """
         task, train = self.experiment.task, self.experiment.train
         with self.diverging():
             last = train.eviction_at(train.steps)
-            scores = evaluate(self.model, task, batch, passes=self.passes, eviction=last)
+            part = -(-train.batch // (self.world * self.micro_batches))
+            options = {} if self.device.type == "cpu" else dict(chunk=min(256, part))
+            scores = evaluate(self.model, task, batch, passes=self.passes, eviction=last, **options)
         self.demand_finite("held-out scores are", *scores.values())
         return scores
 

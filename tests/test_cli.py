@@ -17,7 +17,7 @@ from test_training import TINY
 
 import sleeplib as sl
 from sleeplib import __main__ as command_line
-from sleeplib import records, reproduce, threads
+from sleeplib import checkpoints, records, reproduce, runs, threads
 from sleeplib.checkpoints import save_checkpoint
 from sleeplib.flops import training_flops
 
@@ -76,7 +76,7 @@ def test_the_queue_knows_what_is_done_begun_and_to_do_and_what_it_costs(capsys, 
     out = call(capsys, "list", "--out", str(tmp_path))[1]
     assert "3 done, 1 failed, 1 begun, 4 to do core-hours N=1 ~" in out and "N=2 1.5, N=4 ~" in out
     lines = []
-    with patch.object(reproduce.subprocess, "run", return_value=SimpleNamespace(returncode=3)):
+    with patch.object(reproduce.subprocess, "Popen", return_value=SimpleNamespace(wait=lambda: 3)):
         codes = reproduce.reproduce("rule110", seeds=[1], jobs=1, out=tmp_path, say=lines.append)[1]
         with patch.object(reproduce.torch.cuda, "is_available", return_value=True):
             reproduce.reproduce("rule110", seeds=[1], out=tmp_path, say=lines.append)
@@ -169,9 +169,35 @@ def test_a_finished_run_is_replaced_only_when_told_to(capsys, tmp_path):
     code, out, err = call(capsys, *tiny_run(tmp_path, "--stop-after", "1"))
     assert code == 2 and not out and len(err.splitlines()) == 1 and "--overwrite" in err
     assert ": done; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--resume"))[1]
+    record = tmp_path / "rule110-quick" / "N2-seed0.json"
+    before = record.read_bytes()
+    again = call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--overwrite"))
+    assert (
+        ": stopped after step 1; " in again[1] and record.read_bytes() == before
+    )  # until the new one is done
+    assert ": done; " in call(capsys, *tiny_run(tmp_path, "--resume", "--overwrite"))[1]
+    assert record.read_bytes() != before and not record.with_suffix(".safetensors").exists()
+
+
+def test_a_run_that_was_stopped_is_begun_anew_only_when_told_to(capsys, tmp_path):
+    checkpoint = tmp_path / "rule110-quick" / "N2-seed0.safetensors"
+    call(capsys, *tiny_run(tmp_path, "--stop-after", "3"))
+    before = checkpoint.read_bytes()
+    code, _, err = call(capsys, *tiny_run(tmp_path, "--stop-after", "1"))
+    assert code == 2 and "stopped after step 3" in err and "--resume" in err and "--overwrite" in err
+    assert checkpoint.read_bytes() == before
     assert (
         ": stopped after step 1; " in call(capsys, *tiny_run(tmp_path, "--stop-after", "1", "--overwrite"))[1]
     )
+
+
+def test_a_finished_run_has_its_record_though_its_checkpoint_does_not_fit(capsys, tmp_path):
+    full = OSError(28, "No space left on device")
+    with patch.object(checkpoints, "write_atomically", side_effect=full):
+        code, out, err = call(capsys, *tiny_run(tmp_path, "--stop-after", "2"))
+        assert code == 2 and "checkpoint not written" in err and "N2-seed0.safetensors" in err
+        code, out, err = call(capsys, *tiny_run(tmp_path))
+    assert code == 0 and ": done; " in out and not err
 
 
 @pytest.mark.parametrize(
@@ -228,18 +254,20 @@ def test_a_damaged_checkpoint_and_a_full_disk_are_one_line(capsys, tmp_path):
 def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
     started = []
 
-    def start(command, env):
+    def start(command, env, process_group):
         preset = command[command.index("run") + 1]
         n, seed = (int(command[command.index(flag) + 1]) for flag in ("--passes", "--seed"))
         started.append((preset, n, seed))
         assert "--resume" in command and env["OMP_NUM_THREADS"]
-        return subprocess.CompletedProcess(command, 0)
+        return SimpleNamespace(wait=lambda: 0)
 
     done = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick", passes=2, seed=1, status="done")
     done |= dict(final={"exact": 1.0}, seconds=1.0, device="abacus")
+    done |= dict(config_hash=sl.experiments.get("rule110-quick").config_hash())
     records.save_record(done, tmp_path)
     records.save_record(done | dict(seed=2, status="stopped after step 3"), tmp_path)
-    with patch.object(reproduce.subprocess, "run", start):
+    records.save_record(done | dict(passes=4, seed=2, config_hash="other settings"), tmp_path)
+    with patch.object(reproduce.subprocess, "Popen", start):
         code, out, _ = call(capsys, "reproduce", "rule110", "--out", str(tmp_path), "--jobs", "1")
     assert code == 0 and "N=2 seed=1: done; exact 1.000; 1 s on abacus" in out
     quick = [("rule110-quick", n, seed) for seed in (0, 1, 2) for n in (4, 2, 1) if (n, seed) != (2, 1)]
@@ -248,8 +276,9 @@ def test_reproduce_runs_what_is_missing_and_nothing_twice(capsys, tmp_path):
 
 def test_reproduce_overwrites_only_when_told_to_and_hands_its_options_on(tmp_path):
     done = dict.fromkeys(records.KEYS) | dict(preset="rule110-quick-long", passes=1, seed=0, status="done")
+    done |= dict(config_hash=sl.experiments.get("rule110-quick-long").config_hash())
     records.save_record(done, tmp_path)
-    with patch.object(reproduce.subprocess, "run", return_value=SimpleNamespace(returncode=0)) as start:
+    with patch.object(reproduce.subprocess, "Popen", return_value=SimpleNamespace(wait=lambda: 0)) as start:
         for overwrite in (False, True):
             start.reset_mock()
             reproduce.reproduce("rule110", jobs=1, seeds=[0], out=tmp_path, keep="kept", overwrite=overwrite)
@@ -260,6 +289,52 @@ def test_reproduce_overwrites_only_when_told_to_and_hands_its_options_on(tmp_pat
                 assert command[-4:] == ["--out", str(tmp_path), "--keep", "kept"]
     with pytest.raises(ValueError, match="jobs must be an int of at least 1; got 0"):
         reproduce.reproduce("rule110", jobs=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_queue_that_is_stopped_stops_its_runs(tmp_path, number):
+    """The runs are told once, and the queue waits for them; what was not begun stays so."""
+    code = f"""if True:
+        import os, signal, subprocess, sys, threading
+        from sleeplib import reproduce
+        run = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); "
+        run += "open(sys.argv[1], 'x').close(); time.sleep(60)"
+        honest, made = subprocess.Popen, []
+        def start(command, **options):
+            if "sleeplib" not in command:
+                return honest(command, **options)
+            made.append(honest([sys.executable, "-c", run, f"{tmp_path}/{{len(made)}}"], **options))
+            return made[-1]
+        reproduce.subprocess.Popen = start
+        def stop():
+            while not os.path.exists("{tmp_path}/0"):
+                pass
+            os.kill(os.getpid(), {int(number)})
+        threading.Thread(target=stop).start()
+        try:
+            reproduce.reproduce("rule110", jobs=1, out="{tmp_path}")
+        except KeyboardInterrupt:
+            print([process.poll() for process in made])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[143]", done.stderr
+
+
+def test_what_does_not_fit_into_memory_is_one_line(capsys, tmp_path):
+    for error in (MemoryError("its weights take 9 GiB"), RuntimeError("can't allocate memory: 9\nat x.cpp")):
+        with patch.object(runs, "Trainer", side_effect=error):
+            code, _, err = call(capsys, *tiny_run(tmp_path))
+        assert (
+            code == 2 and len(err.splitlines()) == 1 and "out of memory" in err and "--micro-batches" in err
+        )
+    with patch.object(runs, "Trainer", side_effect=RuntimeError("a fault")), pytest.raises(RuntimeError):
+        call(capsys, *tiny_run(tmp_path))
+
+
+def test_whoever_reads_may_stop_reading():
+    command = f"{sys.executable} -m sleeplib list | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("rule110-quick")
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):

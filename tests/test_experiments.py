@@ -214,7 +214,7 @@ def test_a_bad_way_to_train_is_refused(error, name, value):
 
 
 def test_an_unknown_preset_is_refused_and_the_known_are_named():
-    with pytest.raises(ValueError, match="preset 'rule111' is unknown; there are .*rule110-quick"):
+    with pytest.raises(ValueError, match="preset 'rule111' is unknown; .*`sleeplib list` shows"):
         sl.experiments.get("rule111")
 
 

@@ -20,7 +20,8 @@ RISES["runs"] = [
 
 def record(preset, passes, seed, **final):
     run = dict.fromkeys(records.KEYS) | dict(preset=preset, passes=passes, seed=seed, status="done")
-    return run | dict(final=final, device="abacus", config=sl.experiments.get(preset).config())
+    e = sl.experiments.get(preset)
+    return run | dict(final=final, device="abacus", config=e.config(), config_hash=e.config_hash())
 
 
 def save(out, preset, scores, key="exact"):
@@ -75,6 +76,14 @@ def test_the_verdict_follows_from_paired_differences(tmp_path, case):
     save(tmp_path, "rule110-paper", scores)
     row = judge(RISES, tmp_path)
     assert row["verdict"] == full and row["scale"] == "the paper's"
+
+
+def test_runs_with_other_settings_are_none_of_the_preset(tmp_path):
+    for passes, row in {1: (0.5, 0.51), 4: (0.7, 0.71)}.items():
+        for seed, x in enumerate(row):
+            other = record("rule110-paper", passes, seed, exact=x) | dict(config_hash="smaller")
+            records.save_record(other, tmp_path)
+    assert judge(RISES, tmp_path)["verdict"] == "not judged"
 
 
 def test_seeds_that_disagree_leave_a_claim_open(tmp_path):

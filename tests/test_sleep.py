@@ -212,6 +212,13 @@ def test_a_model_without_fast_weights_keeps_nothing_for_a_nap():
     assert once.nbytes() == often.nbytes() > 0
 
 
+def test_what_is_kept_of_a_window_keeps_the_rest_of_it_not_alive():
+    model = tiny_model("agja")
+    state = sl.sleep(model, sequence(50), model.initial_state(2), passes=2, eviction="keys")
+    kept = [x for x in state.conv if x is not None]
+    assert len(kept) == 2 and all(x.untyped_storage().nbytes() == x.nbytes for x in kept)
+
+
 def test_a_sleeper_keeps_no_graph():
     sleeper = sl.Sleeper(tiny_model(), window=L, passes=2)
     assert not sleeper.feed(sequence(L + 1)).requires_grad

@@ -172,11 +172,29 @@ def test_seeds_differ(tmp_path):
     assert a["data_hash"] != b["data_hash"] and a["curve"] != b["curve"]
 
 
-def test_without_resume_a_run_starts_anew(tmp_path):
+def test_a_run_that_was_stopped_starts_anew_only_where_told_to(tmp_path):
     experiment = tiny_experiment(steps=4)
     train(tmp_path, experiment, stop_after=2)
-    again = train(tmp_path, experiment)
+    with pytest.raises(ValueError, match="^out: .* stopped after step 2; resume=True.*overwrite=True"):
+        train(tmp_path, experiment)
+    again = train(tmp_path, experiment, overwrite=True)
     assert again["status"] == "done" and again["tokens"] == 4 * 4 * experiment.task.length
+
+
+def test_a_gpu_scores_as_many_sequences_at_a_time_as_it_trains_on():
+    trainer = sl.Trainer(tiny_experiment(), 1, 0, "cpu")
+    batch, parts = trainer.experiment.train.batch, 3
+    seen = []
+
+    def noted(*args, chunk=256, **options):
+        seen.append(chunk)
+        return {"exact": 0.0}
+
+    with patch.object(training, "evaluate", noted):
+        trainer.evaluate(trainer.test)
+        trainer.device, trainer.micro_batches = torch.device("cuda"), parts
+        trainer.evaluate(trainer.test)
+    assert seen == [256, -(-batch // parts)] and seen[1] < batch
 
 
 def test_a_batch_that_asks_nothing_is_not_scored():
@@ -455,7 +473,8 @@ def test_a_finished_record_is_replaced_only_when_told_to(tmp_path, options, monk
     written = path.stat().st_mtime_ns
     again = train(tmp_path, overwrite=True, **options)
     assert again["status"] == ("stopped after step 3" if options else "done")
-    assert records.load_record(path) == again and path.stat().st_mtime_ns != written
+    replaced = path.stat().st_mtime_ns != written
+    assert replaced != bool(options) and records.load_record(path) == (again if replaced else done)
 
 
 def test_of_two_that_run_the_same_the_finished_one_stays(tmp_path):
@@ -464,7 +483,7 @@ def test_of_two_that_run_the_same_the_finished_one_stays(tmp_path):
 
     def slow(*args):
         with patch.object(runs, "make_record", honest):
-            train(tmp_path)
+            train(tmp_path, resume=True)
         return honest(*args)
 
     with patch.object(runs, "make_record", slow):

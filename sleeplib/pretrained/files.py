@@ -21,7 +21,10 @@ def fetch(source, revision=None, trust_remote_code=False, weights=True):
     name = str(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
         raise FileNotFoundError(f"source: there is no folder {name!r}; give {OFFERED} that exists")
-    from huggingface_hub import errors, snapshot_download
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise ImportError("source needs huggingface_hub: pip install 'sleeplib[pretrained]'") from error
 
     patterns = SETTINGS + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
     try:

@@ -118,7 +118,8 @@ def resolve(source, revision=None, trust_remote_code=False, weights=True, **give
     folder = fetch(source, revision, trust_remote_code, weights)
     own = read_own(folder)
     if own is None:
-        return Found(folder, folder, given, False, (str(source), revision))
+        origin = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
+        return Found(folder, folder, given, False, (origin, revision))
     if odd := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{odd[0]}: {folder} was saved with settings of its own; leave it out")
     settings = dict(loop=tuple(own["loop"]), padding=own["padding"])
