@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -96,6 +97,16 @@ def test_what_was_saved_comes_back(folders, tmp_path, name, lora, base):
     assert not [file for file in tmp_path.iterdir() if file.name != "out"]  # no temporary folder stays
     with pytest.raises(ValueError, match="loop: .* was saved with settings of its own"):
         load(tmp_path / "out", loop=(0, 1))
+
+
+def test_a_folder_that_was_named_from_here_is_found_from_elsewhere(folders, tmp_path, monkeypatch):
+    folder = Path(folders["llama-tied"])
+    monkeypatch.chdir(folder.parent)
+    model = load(folder.name, insert=INSERT)
+    model.learn("fast")
+    save(model, tmp_path / "out", base=False)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(load("out")), logits(model))
 
 
 def test_transformers_reads_what_was_saved(folders, tmp_path):
