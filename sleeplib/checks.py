@@ -31,6 +31,17 @@ def integer(name, value, low=None, high=None, hint=""):
     return number
 
 
+def block_range(name, value, depth):
+    """Return `value` as the numbers (first, last) of some of `depth` blocks; refuse what is none, by name."""
+    try:
+        first, last = (integer(name, i, 0, depth - 1) for i in value)
+        integer(name, last, first)
+    except (TypeError, ValueError):
+        wanted = f"(first, last), 0 <= first <= last < {depth}"
+        raise ValueError(f"{name} must be {wanted}; got {value!r}") from None
+    return first, last
+
+
 def token_tensor(name, x, vocab_size, ignored=None):
     """Refuse what is no int64 tensor (B, T) of tokens, or `ignored`; a GPU is not made to wait for that."""
     if not isinstance(x, torch.Tensor) or x.dtype != torch.int64 or x.layout is not torch.strided:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .checks import finite_number, integer
+from .checks import block_range, finite_number, integer
 from .interface import Sleepable
 from .kernels import BACKENDS
 from .layers import Attention, GatedDeltaNet, RMSNorm, SwiGLU, linear
@@ -82,13 +82,7 @@ class ModelConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
         if self.loop is not None:
-            wanted = f"(first, last), 0 <= first <= last < {len(self.pattern)}"
-            try:
-                first, last = (integer("loop", i, 0, len(self.pattern) - 1) for i in self.loop)
-                integer("last", last, first)
-            except (TypeError, ValueError):
-                raise ValueError(f"loop must be {wanted}; got {self.loop!r}") from None
-            object.__setattr__(self, "loop", (first, last))
+            object.__setattr__(self, "loop", block_range("loop", self.loop, len(self.pattern)))
 
     @property
     def K(self):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..checks import integer
+from ..checks import block_range, integer
 from ..interface import Sleepable
 from ..kernels import BACKENDS
 from ..layers import GatedDeltaNet, RMSNorm
@@ -132,7 +132,8 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
             self.register_load_state_dict_pre_hook(_recall_head)
         self.rotary = getattr(body, "rotary_emb", None)  # here it moves along to another device
         own = self.make_blocks(body, padded=padding is not None, backend=backend)
-        self.native_loop = self.check_loop(loop, len(own))
+        loop = self.default_loop(len(own)) if loop is None else loop
+        self.native_loop = block_range("loop", loop, len(own))
         self.insert = insert
         blocks, places = [], []
         if insert is not None and insert.after[-1] >= len(own):
@@ -154,14 +155,6 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
     def default_loop(self, depth):
         """The layers that passes repeat if nobody says: all `depth` of them."""
         return 0, depth - 1
-
-    def check_loop(self, loop, depth):
-        """Return the loop as two ints; ValueError unless it names layers of the original."""
-        loop = self.default_loop(depth) if loop is None else loop
-        whole = isinstance(loop, (tuple, list)) and len(loop) == 2 and all(type(i) is int for i in loop)
-        if not whole or not 0 <= loop[0] <= loop[1] < depth:
-            raise ValueError(f"loop must be (first, last), 0 <= first <= last < {depth}; got {loop!r}")
-        return tuple(loop)
 
     @property
     def dtype(self):
