@@ -211,15 +211,14 @@ chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, o
     "rule110-state": "4e-3 8e-3",  # the best of N = 4 and the best of N = 1
     "rule110-hybrid8": "4e-3 8e-3",
     "depo-sleep": "4e-3 8e-3",
-    "depo-recent8": "2e-3",
-    "depo-full": "2e-3",
     "depo-rewrite": "4e-3",
 }
-# Where the highest rate was the best one, a still higher one was tried, with these N.
+# Where the best rate was the highest, or the lowest, one beyond it was tried, with these N.
 further = dict(recent8=(1,), recent16=(1,), full=(1,), hybrid8=(1,), ttt=(1, 8), deep=(1,), state=(1,))
 further |= dict.fromkeys(("replay", "awake", "awake-cache"), looped)
 further = {f"rule110-{arm}": {"1.6e-2": passes} for arm, passes in further.items()}
 further["depo-frozen"] = {"1.6e-2": looped}
+further |= {f"depo-{arm}": {"1e-3": (1,)} for arm in ("recent8", "heavy8", "full")}
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
     plain = PRESETS[base].model
