@@ -62,7 +62,7 @@ notebooks: $(STAMP)  ## execute the chapters whose source changed (ALL=1: all of
 lab: $(STAMP)  ## open the chapters in JupyterLab
 	.venv/bin/jupyter-lab --notebook-dir=book
 
-reproduce: $(STAMP)  ## run what is missing, one niced process a core, resumable (SCALE=quick, rate, ablation, rival, small, paper; TASKS=depo)
+reproduce: $(STAMP)  ## run what is missing, one niced process a core, resumable (SCALE=quick, rate, ablation, rival, taught, small, paper; TASKS=depo)
 	code=0; for task in $(TASKS); do \
 		$(PY) -m sleeplib reproduce $$task --scale $(SCALE) || code=$$?; test $$code != 130 || exit 130; \
 	done; exit $$code

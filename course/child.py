@@ -105,10 +105,12 @@ def run_cells(cells, namespace, seconds, progress=lambda number: None):
             finally:
                 signal.alarm(0)
             for name in [name for name, x in namespace.items() if x is not before.get(name, before)]:
-                if giver.setdefault(name, number) > number:
+                if giver.setdefault(name, number) <= number:
+                    giver[name] = number
+                elif name in before:
                     namespace[name] = before[name]
                 else:
-                    giver[name] = number
+                    del namespace[name]
         order = [number for number in wrong if not wrong[number].startswith("TimeoutError")]
     return wrong
 

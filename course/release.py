@@ -81,7 +81,7 @@ def judge(source, check, answer):
             return type(x)(map(fresh, x))
         return x.copy() if isinstance(x, np.ndarray) else x
 
-    def called(*args, **options):  # an answer may write into what it is given, as in a process of its own
+    def called(*args, **options):  # an answer may write into the arrays that it is given
         return answer(*map(fresh, args), **{{name: fresh(x) for name, x in options.items()}})
 
     try:

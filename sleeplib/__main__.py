@@ -2,11 +2,11 @@
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
 
 import numpy as np
-import torch
 
 from . import checks, experiments, processes, records, runs, tasks
 from .doctor import examine
@@ -40,7 +40,7 @@ def list_presets(args):
 def sample(args):
     """Print one sequence of a task and what is asked."""
     task = tasks.TASKS[args.task]()
-    rng = np.random.default_rng(checks.integer("seed", args.seed, 0))
+    rng = np.random.default_rng(checks.integer("seed", args.seed, 0, 2**64 - 1))
     batch = task.batch(1, rng, split=args.split)
     for start in range(0, batch.inputs.shape[1], task.window):
         window = slice(start, start + task.window)
@@ -76,7 +76,7 @@ def reproduce(args):
     names = "task scale seeds jobs overwrite out keep"
     chosen, codes = reproduce_all(**{name: getattr(args, name) for name in names.split()})
     for experiment in chosen:
-        for record in records.load_records(experiment.name, out=args.out):
+        for record in records.own_records(experiment, args.out):
             print(summary(record))
     return int(any(codes))
 
@@ -184,7 +184,9 @@ def main(argv=None):
     """Run the command line and return its exit code; bad input is one line and code 2."""
     args = parser().parse_args(argv)
     try:
-        return args.function(args) or 0
+        code = args.function(args) or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # whoever read has seen enough; nor is there anything to say at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -192,10 +194,14 @@ def main(argv=None):
         print(f"sleeplib: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+        text = str(error)
+        if not isinstance(error, MemoryError) and not re.search(
+            "tried to allocate|out of memory", text, re.I
+        ):
             raise
-        hint = "a larger --micro-batches makes a step smaller" if args.function is run else "nothing was done"
-        print(f"sleeplib: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
+        what = next(iter(text.splitlines()), "no word from the system")
+        hint = "; more --micro-batches make a step smaller" if args.function is run else ""
+        print(f"sleeplib: out of memory ({what}){hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

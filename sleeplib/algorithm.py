@@ -158,7 +158,8 @@ def sleep_forward(
     state : LMState, optional
         Where to start, at a chunk's boundary; the empty state if absent.
     checkpoint : bool
-        Keep only the states between chunks and recompute the rest in the backward pass.
+        Keep only the states between chunks and recompute the rest in the backward pass (where a window asks
+        for a gradient of its own, as test-time training does, once more for each of its steps).
     return_logits : bool
         Whether to assemble the logits.
     awake : sequence of bool, optional

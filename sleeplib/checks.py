@@ -34,9 +34,9 @@ def integer(name, value, low=None, high=None, hint=""):
 def block_range(name, value, depth):
     """Return `value` as the numbers (first, last) of some of `depth` blocks; refuse what is none, by name."""
     try:
-        first, last = (integer(name, i, 0, depth - 1) for i in value)
+        first, last = (integer(name, value[i], 0, depth - 1) for i in range(len(value)))
         integer(name, last, first)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         wanted = f"(first, last), 0 <= first <= last < {depth}"
         raise ValueError(f"{name} must be {wanted}; got {value!r}") from None
     return first, last

@@ -168,6 +168,11 @@ def load_records(preset, passes=None, out=None):
     return [r for r in records if passes in (None, r["passes"])]
 
 
+def own_records(experiment, out=None):
+    """The records of an experiment's preset that were made with its settings, and no others: a list."""
+    return [r for r in load_records(experiment.name, out=out) if r["config_hash"] == experiment.config_hash()]
+
+
 def final_scores(preset, passes, seeds=None, out=None, key="exact"):
     """Final score of every finished run of a preset with this N, ``{seed: score}``.
 

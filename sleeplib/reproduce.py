@@ -32,9 +32,8 @@ def runs_of(experiment, out=None, seeds=None):
     diverged, and would again), "to do", or "begun": a checkpoint waits to be resumed, or a process is at it.
     """
     out = records.results_dir() if out is None else out  # what was shipped is not what was made here
-    found = {(r["passes"], r["seed"]): r for r in records.load_records(experiment.name, out=out)}
-    own = {key: r for key, r in found.items() if r["config_hash"] == experiment.config_hash()}
-    ended = {key: r for key, r in own.items() if r["status"].split(":")[0] in ("done", "failed")}
+    found = {(r["passes"], r["seed"]): r for r in records.own_records(experiment, out)}
+    ended = {key: r for key, r in found.items() if r["status"].split(":")[0] in ("done", "failed")}
     wanted = product(experiment.passes, experiment.seeds if seeds is None else seeds)
     runs = {}
     for n, seed in sorted({*wanted, *(ended if seeds is None else ())}, key=lambda key: (key[1], -key[0])):
@@ -59,9 +58,8 @@ def core_hours(out=None):
     for name, e in PRESETS.items():
         if type(e.model) is ModelConfig:  # counting a rival's operations means running it
             work |= {(name, n): training_flops(e, n) * e.train.steps for n in e.passes}
-        for r in records.load_records(name, out=out):
-            known = r["status"] == "done" and str(r["device"]).rpartition(",")[0] == here
-            if known and r["config_hash"] == e.config_hash():
+        for r in records.own_records(e, out):
+            if r["status"] == "done" and str(r["device"]).rpartition(",")[0] == here:
                 threads = int(re.search(r"(\d+) thread", r["device"])[1])
                 took.setdefault((name, r["passes"]), []).append(r["seconds"] * threads / 3600)
         for n in e.passes:
@@ -138,9 +136,15 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
         running.remove(process)
         return code
 
-    with _stopped_by_sigterm(), ThreadPoolExecutor(jobs, None, pin_to_cores, (shares(jobs),)) as pool:
-        futures = {pool.submit(finish, command): key for key, command in commands.items()}
+    def stop():
+        """Tell the runs in hand: each stops after its step and saves a checkpoint, told twice at once."""
+        stopped.set()
+        for process in tuple(running) if os.name == "posix" else ():  # elsewhere Ctrl-C has reached them
+            process.terminate()
+
+    with _stopped_by_signals(), ThreadPoolExecutor(jobs, None, pin_to_cores, (shares(jobs),)) as pool:
         try:
+            futures = {pool.submit(finish, command): key for key, command in commands.items()}
             for future in as_completed(futures):
                 preset, n, seed = key = futures[future]
                 codes.append(future.result())
@@ -149,22 +153,26 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
                 clock = time.strftime("%H:%M")
                 say(f"{clock}  {len(codes)} of {total}: {preset} N={n} seed={seed} {how}; {hours()}")
             return chosen, codes
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            stopped.set()
-            for process in tuple(running):  # each stops after the step in hand, and saves a checkpoint
-                process.terminate()
+        except BaseException:
+            stop()
+            try:
+                pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:
+                stop()
             raise
 
 
 @contextmanager
-def _stopped_by_sigterm():
-    """Let SIGTERM stop what Ctrl-C stops; only a main thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _stopped_by_signals():
+    """Let SIGTERM and a terminal that closes stop what Ctrl-C stops; only a main thread may say so."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

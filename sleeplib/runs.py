@@ -55,7 +55,7 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
         Go on from the run's checkpoint, if there is one; the record of a finished run is returned as it is.
     overwrite : bool
         Train anew though there is a finished record, or a run that was stopped.  A finished record stands
-        until the new run is finished too.
+        until the new run has come to an end, be it that it diverged.
     stop_after : int, optional
         Stop after that many steps more; the checkpoint stays for the next call.
     keep : path_like, optional
@@ -93,7 +93,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
             raise ValueError(f"out: {path} is the record of a finished run; load_records reads it, {ways}")
         if kept is not None and not kept.exists():
             raise ValueError(f"keep: {path} is finished and {kept} was not kept; overwrite=True trains anew")
-        if processes.rank() == 0:
+        # A later run that is to replace this one goes on by resume and overwrite together.
+        if processes.rank() == 0 and not 0 < steps_done(checkpoint) < experiment.train.steps:
             checkpoint.unlink(missing_ok=True)
         return old
     if not (resume or overwrite) and (steps := steps_done(checkpoint)):
@@ -120,8 +121,9 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     model = trainer.whole_model() if done and kept else None
     if trainer.rank > 0:  # the first process writes
         return record
-    if (old := _standing(path, experiment, overwrite and done)) is not None:
-        record = record if overwrite else old  # another process was quicker
+    ended = done or record["status"].startswith("failed")
+    if (old := _standing(path, experiment, overwrite and ended)) is not None:
+        record = record if overwrite else old  # without overwrite another process was quicker
     else:
         if done and kept:
             model.half().save(kept)

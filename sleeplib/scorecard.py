@@ -24,7 +24,7 @@ from statistics import mean
 
 from .experiments import get
 from .intervals import Interval, paired_interval
-from .records import data_dir, load_records
+from .records import data_dir, own_records
 
 MARGIN = 0.02
 
@@ -73,9 +73,9 @@ def judge(claim, out=None):
     by_steps = claim["kind"] == "falls with task.steps"  # a claim about N = 1
     for runs in claim["runs"]:
         used, groups = [], {}
-        for r in [r for p in runs["presets"] for r in load_records(p, 1 if by_steps else None, out)]:
-            own = r["config_hash"] == get(r["preset"]).config_hash()  # not run with other settings
-            if own and r["status"] == "done" and r["seed"] in runs.get("seeds", [r["seed"]]):
+        for r in [r for p in runs["presets"] for r in own_records(get(p), out)]:
+            wanted = r["seed"] in runs.get("seeds", [r["seed"]])
+            if wanted and r["status"] == "done" and (r["passes"] == 1 or not by_steps):
                 x = r["config"]["task"]["steps"] if by_steps else r["passes"]
                 groups.setdefault(x, {})[r["seed"]] = score(r["final"], claim["score"])
                 used.append(r)

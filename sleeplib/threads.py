@@ -32,7 +32,7 @@ def free_cores(seconds=0.1):
     except OSError:
         return len(cores())
     idle, total = (b - a for a, b in zip(before, after))
-    return round(len(cores()) * idle / max(1, total))
+    return round(len(cores()) * idle / total) if total else len(cores())  # a container may hide them
 
 
 def _ticks():

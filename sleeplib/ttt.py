@@ -121,11 +121,12 @@ class TestTimeTrained(HybridLM):
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this model takes gradient steps while it reads: use torch.no_grad")
-        h, block, trained = self.embed(tokens), self.layers[-1], torch.is_grad_enabled()
+        h, block = self.embed(tokens), self.layers[-1]
         self.check_state(state, h)
         h, memories = self.run(h, state.blocks(), range(len(self.layers) - 1), window)
         h, memories[-1] = block.attend(h, memories[-1], window)
         weights, rates = memories[-1].S.unbind(1), block.log_rate.exp()
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (h, rates, *weights))
         # The kernels' gradients have no gradients: what is differentiated twice is plain PyTorch.
         with torch.enable_grad(), use_numba(False):
             # A state that was cut off, or weights that are not trained, are a leaf to take steps from.

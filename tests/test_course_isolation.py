@@ -123,6 +123,12 @@ def test_the_last_version_counts_though_an_earlier_cell_is_tried_again():
     assert namespace["f"]() == "last" and namespace["y"] == "late"
 
 
+def test_a_name_that_was_deleted_later_stays_deleted():
+    namespace = {}
+    cells = ["x = g()", "x = 1", "del x", "def g(): return 1"]
+    assert child.run_cells(cells, namespace, 5) == {} and "x" not in namespace and "g" in namespace
+
+
 def test_models_and_states_go_over():
     torch.manual_seed(0)
     model = sl.HybridLM(sl.ModelConfig(vocab_size=5, d_model=16, pattern="ag", num_heads=2))

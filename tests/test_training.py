@@ -194,7 +194,9 @@ def test_a_gpu_scores_as_many_sequences_at_a_time_as_it_trains_on():
         trainer.evaluate(trainer.test)
         trainer.device, trainer.micro_batches = torch.device("cuda"), parts
         trainer.evaluate(trainer.test)
-    assert seen == [256, -(-batch // parts)] and seen[1] < batch
+        trainer.micro_batches = 1
+        trainer.evaluate(trainer.test)
+    assert seen == [256, 4 * -(-batch // parts), 4 * batch] and seen[2] < 256
 
 
 def test_a_batch_that_asks_nothing_is_not_scored():
