@@ -533,6 +533,25 @@ def test_the_deep_model_has_more_operations_and_the_others_fewer():
         assert flops.training_flops(experiment, experiment.passes[-1]) < 0.9 * budget
 
 
+# On Depo: (bytes, operations, parameters) as multiples of what sleep has at N = 4.
+ON_DEPO = dict(recent8=(1, 0.39, 0.82), heavy8=(1.02, 0.40, 0.82), full=(2, 0.40, 0.82), frozen=(1, 0.98, 1))
+ON_DEPO |= {"rewrite": (1, 0.67, 1), "replay": (1, 0.90, 1), "awake-cache": (2, 1.24, 0.82)}
+ON_DEPO |= {"ttt": (6, 0.98, 0.94), "sleep": (1, 1, 1)}  # each with the largest N that it is run with
+
+
+@pytest.mark.parametrize("arm", ON_DEPO)
+def test_budgets_on_depo(arm):
+    sleep = sl.experiments.get("depo-ablation-ring8")
+    experiment = presets(arm, "depo")[0]
+    passes = experiment.passes[-1]
+    counts = [
+        flops.carried_bytes(experiment, passes) / flops.carried_bytes(sleep, 4),
+        flops.training_flops(experiment, passes) / flops.training_flops(sleep, 4),
+        flops.parameters(experiment) / flops.parameters(sleep),
+    ]
+    assert counts == pytest.approx(ON_DEPO[arm], rel=0.015)
+
+
 @pytest.mark.parametrize("arm", PARAMETERS)
 def test_parameters(arm):
     ratio = flops.parameters(presets(arm)[0]) / flops.parameters("rule110-quick")
