@@ -215,6 +215,7 @@ chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, o
     "depo-frozen": "8e-3",
     "depo-heavy8": "2e-3",
     "depo-full": "2e-3",
+    "depo-awake-cache": "4e-3",
 }
 # Where the best rate was the highest, or the lowest, one beyond it was tried, with these N.
 further = dict(recent8=(1,), recent16=(1,), full=(1,), hybrid8=(1,), ttt=(1, 8), deep=(1,), state=(1,))
