@@ -223,6 +223,7 @@ further |= dict.fromkeys(("replay", "awake", "awake-cache"), looped)
 further = {f"rule110-{arm}": {"1.6e-2": passes} for arm, passes in further.items()}
 further["depo-frozen"] = {"1.6e-2": looped}
 further |= {f"depo-{arm}": {"1e-3": (1,)} for arm in ("recent8", "heavy8", "full")}
+further["depo-ttt"] = {"1e-3": (8,)}
 SWEEPS = {}  # "<task>-<arm>": {rate: preset}
 for task, (base, arms) in against.items():
     plain = PRESETS[base].model
