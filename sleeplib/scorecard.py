@@ -74,8 +74,8 @@ def judge(claim, out=None):
     for runs in claim["runs"]:
         used, groups = [], {}
         for r in [r for p in runs["presets"] for r in own_records(get(p), out)]:
-            wanted = r["seed"] in runs.get("seeds", [r["seed"]])
-            if wanted and r["status"] == "done" and (r["passes"] == 1 or not by_steps):
+            own_seed = r["seed"] in runs.get("seeds", [r["seed"]])
+            if r["status"] == "done" and own_seed and (r["passes"] == 1 or not by_steps):
                 x = r["config"]["task"]["steps"] if by_steps else r["passes"]
                 groups.setdefault(x, {})[r["seed"]] = score(r["final"], claim["score"])
                 used.append(r)

@@ -217,7 +217,7 @@ class Trainer:
         """Score on held-out data, with the eviction that training ends with.
 
         On a GPU it takes four times as many sequences at a time as a part of a training step has, at most
-        256: without a graph these fit.
+        256: nothing is kept for a backward pass.
         """
         task, train = self.experiment.task, self.experiment.train
         with self.diverging():
