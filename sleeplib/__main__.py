@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections import Counter
 
@@ -203,8 +204,8 @@ def main(argv=None):
         hint = "; more --micro-batches make a step smaller" if args.function is run else ""
         print(f"sleeplib: out of memory ({what}){hint}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + next(iter(stop.args), signal.SIGINT)
 
 
 if __name__ == "__main__":

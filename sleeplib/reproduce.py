@@ -124,23 +124,25 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
         return text + f" and {len(left) - len(known)} runs never timed here" * (len(known) < len(left))
 
     say(f"{name}: {total} runs to make, {jobs} at a time, {hours()}")
-    running, codes, stopped = [], [], threading.Event()
+    running, codes, stopped, one = [], [], threading.Event(), threading.Lock()
 
     def finish(command):
         # A group of its own: Ctrl-C in a terminal would reach it, and then the signal that is sent below.
-        process = subprocess.Popen(command, env=environment, process_group=0)
-        running.append(process)
-        if stopped.is_set():
-            process.terminate()
+        with one:  # none begins once those in hand have been told
+            if stopped.is_set():
+                return 128 + signal.SIGINT
+            process = subprocess.Popen(command, env=environment, process_group=0)
+            running.append(process)
         code = process.wait()
         running.remove(process)
         return code
 
     def stop():
         """Tell the runs in hand: each stops after its step and saves a checkpoint, told twice at once."""
-        stopped.set()
-        for process in tuple(running) if os.name == "posix" else ():  # elsewhere Ctrl-C has reached them
-            process.terminate()
+        with one:
+            stopped.set()
+            for process in running if os.name == "posix" else ():  # elsewhere Ctrl-C has reached them
+                process.terminate()
 
     with _stopped_by_signals(), ThreadPoolExecutor(jobs, None, pin_to_cores, (shares(jobs),)) as pool:
         try:
@@ -165,12 +167,16 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
 @contextmanager
 def _stopped_by_signals():
     """Let SIGTERM and a terminal that closes stop what Ctrl-C stops; only a main thread may say so."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)  # which, for the exit code
+
     before = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                before[number] = signal.signal(number, signal.default_int_handler)
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:

@@ -298,7 +298,7 @@ def test_a_queue_that_is_stopped_stops_its_runs(tmp_path, number):
     """The runs are told once, and the queue waits for them; what was not begun stays so."""
     code = f"""if True:
         import os, signal, subprocess, sys, threading
-        from sleeplib import reproduce
+        from sleeplib import __main__, reproduce
         run = "import signal, sys, time; got = []; signal.signal(15, lambda *_: got.append(1)); "
         run += "open(sys.argv[1], 'x').close(); [time.sleep(0.05) for _ in iter(lambda: not got, False)]; "
         run += "time.sleep(0.5); sys.exit(100 + len(got))"
@@ -314,13 +314,11 @@ def test_a_queue_that_is_stopped_stops_its_runs(tmp_path, number):
                 pass
             os.kill(os.getpid(), {int(number)})
         threading.Thread(target=stop).start()
-        try:
-            reproduce.reproduce("rule110", jobs=1, out="{tmp_path}")
-        except KeyboardInterrupt:
-            print([process.poll() for process in made])
+        code = __main__.main(["reproduce", "rule110", "--jobs", "1", "--out", "{tmp_path}"])
+        print(code, [process.poll() for process in made])
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "[101]", done.stderr
+    assert done.stdout.splitlines()[-1] == f"{128 + number} [101]", done.stderr
 
 
 def test_what_does_not_fit_into_memory_is_one_line(capsys, tmp_path):

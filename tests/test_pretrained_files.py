@@ -283,6 +283,20 @@ def test_files_of_code_are_asked_for_only_if_trusted(folders):
     assert all("*.safetensors" in x and "*.bin" not in x for x in asked)
 
 
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_a_task_takes_its_tokenizer_from_the_revision_that_it_names(folders, revision):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return folders["qwen3_5"]
+
+    with patch("huggingface_hub.snapshot_download", download):
+        story = TokenizedGSM(**STORY, source="owner/other", vocab_size=VOCAB, revision=revision)
+        assert story.tokenizer is not None
+    assert asked == [("owner/other", revision, False)]
+
+
 def test_too_little_memory_is_noticed_before_loading(folders):
     with patch("sleeplib.device.free_bytes", lambda device: 1000):
         with pytest.raises(MemoryError, match="dtype='bfloat16' takes half, or choose a smaller model"):

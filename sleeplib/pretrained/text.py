@@ -34,6 +34,8 @@ class TokenizedGSM(GSMInfinite):
         Rows of the model's embedding.
     room : int
         Tokens for the mark that asks and the answer.
+    revision : str, optional
+        Of the repository.  If absent its default branch; give the one that the model is loaded from.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class TokenizedGSM(GSMInfinite):
     source: str = ""
     vocab_size: int = 0
     room: int = 12
+    revision: str | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "room"):
@@ -69,7 +72,7 @@ class TokenizedGSM(GSMInfinite):
     @cached_property
     def tokenizer(self):
         """The tokenizer, loaded when it is first asked for."""
-        return tokenizer_of(self.source, self.vocab_size)
+        return tokenizer_of(self.source, self.vocab_size, self.revision)
 
     def batch(self, count, rng, split="train"):
         """Draw `count` sequences by a numpy Generator, see :meth:`GSMInfinite.batch`."""
@@ -100,9 +103,9 @@ class TokenizedGSM(GSMInfinite):
 
 
 @lru_cache
-def tokenizer_of(source, vocab_size):
+def tokenizer_of(source, vocab_size, revision=None):
     """The tokenizer of a source, without its weights; an error if there is none, or it does not fit."""
-    tokenizer = load_tokenizer(folder := fetch(source, weights=False))
+    tokenizer = load_tokenizer(folder := fetch(source, revision, weights=False))
     if tokenizer is None:
         raise FileNotFoundError(f"source: {folder} holds no tokenizer (tokenizer.json)")
     check_tokenizer(tokenizer, vocab_size)
