@@ -1,7 +1,8 @@
 """The paper's claims beside what our records show, and a verdict that follows a rule, not a mood.
 
-A comparison of several N is judged only if it is fair: at the paper's settings, or at a rate that was chosen
-for N = 1.  Every step of an order gets a difference with its interval, paired by seed.
+A comparison of several N is judged only if it is fair: at the paper's settings, at a rate that was chosen for
+N = 1, or each N at a rate that was chosen for it, on seeds that are not judged.  Every step of an order gets
+a difference with its interval, paired by seed.
 
 ==========  ==============================================================================================
 verdict     when
