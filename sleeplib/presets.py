@@ -211,6 +211,8 @@ chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, o
     "rule110-state": "4e-3 8e-3",  # the best of N = 4 and the best of N = 1
     "rule110-hybrid8": "4e-3 8e-3",
     "depo-sleep": "4e-3 8e-3",
+    "depo-recent8": "2e-3",
+    "depo-replay": "4e-3",
     "depo-rewrite": "4e-3",
     "depo-frozen": "8e-3",
     "depo-heavy8": "2e-3",
