@@ -1,7 +1,7 @@
 """sleeplib: language models that sleep.
 
-Before a model's attention cache is cleared, it makes N offline passes over the recent context and writes it
-into fast weights, by a learned local rule; then it wakes with an empty cache and answers in one pass.
+Before its attention cache is cleared, a model makes N offline passes over the recent context and writes that
+context into fast weights, by a learned local rule; then it wakes with an empty cache and answers in one pass.
 """
 
 from . import experiments, presets, pretrained, tasks, threads

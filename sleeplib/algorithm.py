@@ -31,7 +31,7 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
 
     .. math:: h^{(0)} = \mathrm{Embed}(c), \qquad h^{(n)}, S^{(n)} = \mathrm{Blocks}(h^{(n-1)}, S^{(n-1)})
 
-    The last h is thrown away: all that sleep leaves behind is the fast weight.
+    The last h is thrown away: after hard eviction all that sleep leaves behind is the fast weights.
 
     Parameters
     ----------
@@ -45,13 +45,13 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
         N, at least 1.
     eviction : {"hard", "keys", "sliding"}
     window : int, optional
-        How many keys a query may see, itself included.  For sliding eviction T if absent.
+        How many keys a query may see, its own included.  If absent, all; for sliding eviction T.
 
     Returns
     -------
     LMState
         Differentiable in the fast weights of `state` and in the parameters.  A model without fast weights has
-        nowhere to write: it only evicts.
+        nowhere to write: it reads the window once and evicts.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def sleep(model, tokens, state, passes=4, eviction="hard", window=None):
 
 
 def _act(model, name):
-    """What a model does asleep, awake or at a window's end: its own way, or that of every Sleepable."""
+    """What a model does asleep, awake or at a window's end: its own method, or that of :class:`Sleepable`."""
     return getattr(model, name, None) or partial(getattr(Sleepable, name), model)
 
 
@@ -97,7 +97,7 @@ class SleepOutput:
     loss : torch.Tensor, shape ()
         Mean cross-entropy over all labels, in nats; NaN if there are none.
     logits : torch.Tensor, shape (B, T, vocab), or None
-        Zeros where the model slept.
+        Zeros in chunks without labels; None if not wanted.
     state : LMState
         After the last chunk.
 
@@ -110,12 +110,13 @@ class SleepOutput:
 
 
 def awake_chunks(labels, window):
-    """For each chunk of `window` tokens, whether it has labels (B, T): a tuple of bool.
+    """Whether labels (B, T) ask something in each chunk of `window` tokens: a tuple of bool.
 
     Raises
     ------
     ValueError
-        If some rows have labels in a chunk and others have none.
+        If some rows have labels in a chunk and others have none, or `labels` are not (B, T) or
+        hold no numbers.
 
     Chapter: 08_sleep
     """
@@ -166,15 +167,15 @@ def sleep_forward(
         The answer of :func:`awake_chunks`, where the caller knows it already.
     truncate : int, optional
         Naps that a gradient goes back through, at least 1; all of them if absent.  The naps are counted from
-        the last one backwards, and the state is detached before every `truncate`-th: the loss of a last
-        window reaches exactly so many naps, no loss reaches more.  Values stay the same.  Passes are never
+        the last one backwards, and the state is detached before every `truncate`-th: a loss after all
+        naps reaches that many of them, and no loss reaches more.  Values stay the same.  Passes are never
         cut: a gradient that enters a nap goes through all N of them.
 
     Returns
     -------
     SleepOutput
-        After a chunk that was slept on or has labels the cache is evicted.  A trailing chunk without labels
-        that is shorter than the window is read in one pass and keeps its cache: its window is still open.
+        After a chunk that was slept on or has labels the cache is evicted.  A last chunk that has no labels
+        and is shorter than the window is read in one pass and keeps its cache: its window is still open.
 
     Raises
     ------
@@ -258,12 +259,12 @@ def check_model(model):
 
 
 def check_passes(passes):
-    """Return N as an int; raise an error if it is none, or below 1."""
+    """Return N as an int; raise an error unless it is one, in 1 .. 100,000."""
     return integer("passes", passes, 1, 100_000, hint=" (to wake unslept, reset the state)")
 
 
 def _check_awake(awake, labels, window):
-    """What the caller knows already, unless the labels, where they can be read at once, say otherwise."""
+    """Return `awake` as a tuple; raise if it does not fit, or labels that lie on the CPU say otherwise."""
     if not isinstance(awake, (tuple, list)):
         raise TypeError(f"awake must be a sequence of bool; got {awake!r}")
     awake = tuple(awake)

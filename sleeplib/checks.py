@@ -12,11 +12,11 @@ LARGEST = 2**31 - 1  # no size, number of passes or of tokens is beyond it
 
 
 class Unfit(TypeError, ValueError):
-    """A value of the wrong type: callers that expect either kind of error are right."""
+    """A value of the wrong type, raised so that callers may catch either kind of error."""
 
 
 def integer(name, value, low=None, high=None, hint=""):
-    """Return `value`, NumPy's too, as an int; refuse what is none (True is none) or out of range, by name."""
+    """Return `value`, a NumPy integer too, as an int; raise if it is none (True is none) or out of range."""
     limits = "" if low is None else f" of at least {low}" if high is None else f" in {low} .. {high}"
     try:
         number = operator.index(value)
@@ -32,7 +32,7 @@ def integer(name, value, low=None, high=None, hint=""):
 
 
 def block_range(name, value, depth):
-    """Return `value` as the numbers (first, last) of some of `depth` blocks; refuse what is none, by name."""
+    """Return `value` as (first, last), a range of blocks out of `depth`; raise unless it is one."""
     try:
         first, last = (integer(name, value[i], 0, depth - 1) for i in range(len(value)))
         integer(name, last, first)
@@ -43,7 +43,7 @@ def block_range(name, value, depth):
 
 
 def token_tensor(name, x, vocab_size, ignored=None):
-    """Refuse what is no int64 tensor (B, T) of tokens, or `ignored`; a GPU is not made to wait for that."""
+    """Raise unless x is int64 (B, T) and, where it can be read without waiting, holds tokens or `ignored`."""
     if not isinstance(x, torch.Tensor) or x.dtype != torch.int64 or x.layout is not torch.strided:
         kind = f"{x.dtype}, {x.layout}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name} must be an int64 tensor; got {kind}")
@@ -56,13 +56,13 @@ def token_tensor(name, x, vocab_size, ignored=None):
 
 
 def check_tensor(name, x, shape, like=None, empty=True):
-    """Raise unless x is a dense float tensor of this shape; a letter is any size, ... any number of axes."""
+    """Raise unless x is a dense float tensor of this shape; a string is any size, ... any number of axes."""
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating-point tensor; got {kind}")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense tensor; got {'nested' if x.is_nested else x.layout}")
-    if x.shape != shape or not empty:  # most shapes are given in full, and this is on every kernel's way
+    if x.shape != shape or not empty:  # most shapes are given in full, and every kernel comes through here
         known, sizes = (shape[1:], x.shape[1 - len(shape) :]) if shape[0] is ... else (shape, x.shape)
         odd = [n for n, m in zip(known, sizes) if n != m and type(n) is not str]
         if odd or len(known) != len(sizes) or not empty and 0 in sizes:
@@ -74,7 +74,7 @@ def check_tensor(name, x, shape, like=None, empty=True):
 
 
 def finite_number(name, x, default=None, least=-math.inf):
-    """x as a float, from a Python number, a NumPy number or a 0-dimensional array; `default` for None."""
+    """x, a Python or NumPy number or a 0-dimensional array or tensor, as a float; `default` for None."""
     if type(x) is float and least <= x and abs(x) < 1e308:
         return x
     if x is None and default is not None:

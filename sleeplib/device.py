@@ -19,7 +19,7 @@ import torch
 class CapturedStep:
     """Forward and backward of a training step, captured once as a CUDA graph and then replayed.
 
-    `loss`, a callable of inputs and labels on the device, may read nothing back from there.  `parameters` get
+    `loss`, a callable of inputs and labels on the device, must not read back from there.  `parameters` get
     the gradients; the optimizers stay outside the graph, where their rates may change.  The Batch `batch`
     gives the shapes; one of another shape is refused: a copy into the graph would broadcast it.
 
@@ -72,7 +72,7 @@ def compiled_blocks(model):
     if find_spec("triton") is None:
         yield
         return
-    # One a kind of block and of memory that it may find; more than that are a mistake, but 8 are too few.
+    # One compilation per kind of block and of memory that it may find: more are a mistake, but 8 too few.
     with torch._dynamo.config.patch(recompile_limit=64):
         try:
             for layer in model.layers:
@@ -84,7 +84,7 @@ def compiled_blocks(model):
 
 
 def find_device(name):
-    """Look up "auto", "cpu", "cuda", or one CUDA device by name or number; ValueError if there is no such."""
+    """Look up "auto", "cpu", "cuda", or one CUDA device by name or number; ValueError if there is none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = ("cuda" if count else "cpu") if str(name) == "auto" else str(name)
     with suppress(RuntimeError):
@@ -112,7 +112,7 @@ def multiplies_bfloat16(device):
 
 @cache
 def tune_malloc(size=2**30 - 2**22):
-    """Let glibc keep freed memory, and ask for large pages in the next `size` bytes of it; once a process.
+    """Let glibc keep freed memory and ask for large pages in its next `size` bytes; once per process.
 
     Each step then gets the same pages back and need not fault them in anew, and the processor looks up fewer
     addresses.  A run on the CPU does this when it starts to train, unless the environment says
@@ -138,9 +138,10 @@ def tune_malloc(size=2**30 - 2**22):
 
 
 def free_bytes(device):
-    """Memory that this process can still have: on a GPU the driver's, and what PyTorch holds without use.
+    """Memory that this process can still have, in bytes.
 
-    On a CPU what Linux calls available; None where nobody tells.
+    On a GPU what the driver has left and what PyTorch holds unused; on a CPU what Linux calls available, and
+    None where that is not known.
     """
     if device.type != "cuda":
         file = Path("/proc/meminfo")
@@ -151,7 +152,7 @@ def free_bytes(device):
 
 
 def peak_bytes(device):
-    """The most memory in use so far, tensors on a GPU, the whole process on the CPU; 0 if nothing tells."""
+    """The most memory in use so far: tensors on a GPU, the whole process on the CPU; 0 if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # getrusage counts what the process was before it became this program
@@ -166,7 +167,7 @@ def peak_bytes(device):
 
 @contextmanager
 def deferred_interrupt():
-    """Note the first SIGINT or SIGTERM in the list that is yielded, so no step is cut; a second raises."""
+    """Note the first SIGINT or SIGTERM in a yielded list, so that no step is cut short; a second raises."""
     noted = []
 
     def note(number, frame):

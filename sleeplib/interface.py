@@ -1,4 +1,4 @@
-"""What can be put to sleep: the few members through which sleep knows a model, and the one pass runner."""
+"""What can be put to sleep: the few members through which sleep knows a model, and what runs passes."""
 
 import torch
 
@@ -14,9 +14,9 @@ class Sleepable:
     ``readout(h)`` maps h to logits (B, T, vocab).  Running passes over the blocks is provided here, once.
     Nothing in :func:`sleep`, :func:`sleep_forward` and :class:`Sleeper` knows more of a model than this.
 
-    Algorithm 1 asks three things of a window: ``consolidate`` (asleep), ``predict`` (awake) and ``evict`` (at
-    its end).  What they do here is sleep; :mod:`sleeplib.baselines` and :mod:`sleeplib.ttt` have models that
-    do something else.
+    For each window Algorithm 1 asks a model to ``consolidate`` (asleep) or to ``predict`` (awake), and to
+    ``evict`` at its end.  What they do here is sleep; :mod:`sleeplib.baselines` and
+    :mod:`sleeplib.ttt` have models that do something else.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Sleepable:
         return any(S is not None for S in self.initial_state(1).fast_weights)
 
     def fast_parameters(self):
-        """What may be trained before all else: the parameters of the blocks with an S, a list.
+        """What may be trained before all else: the parameters of the blocks with a fast weight, a list.
 
         Section 6.4 of the paper trains inserted layers first.
         """
@@ -49,7 +49,7 @@ class Sleepable:
         return True
 
     def learn(self, part="all"):
-        """Let a part of what :meth:`may_learn` be trained: "all", or the :meth:`fast_parameters` alone."""
+        """Let "all" that :meth:`may_learn` admits learn, or only the :meth:`fast_parameters` ("fast")."""
         if part not in ("all", "fast"):
             raise ValueError(f"part must be 'all' or 'fast'; got {part!r}")
         fast = set(map(id, self.fast_parameters()))
@@ -66,10 +66,10 @@ class Sleepable:
 
         `memories` is a list of one :class:`Memory` a block, `order` the numbers of the blocks to visit, and
         `window` how many of its newest keys a query sees.  However often a block is visited, it finds the
-        cache that it had before the first visit, and the fast weight that the visit before has written.  With
+        cache that it had before its first visit, and the fast weight that its previous visit wrote.  With
         `write_only` the h at the end is of no use to anyone, and the last block only writes.
 
-        Returns the h at the end, or None, and the memories: of blocks visited, what the last visit leaves.
+        Returns the h at the end, or None, and the memories: of a visited block, what its last visit left.
         """
         after = list(memories)
         for visit, i in enumerate(order, 1):
@@ -84,7 +84,7 @@ class Sleepable:
         ----------
         h : torch.Tensor, shape (B, T, D)
         state : LMState
-            What came before; every pass starts from its caches and position, only h and the fast weights
+            What came before; every pass starts from its caches and position, and only h and the fast weights
             go from pass to pass.
         passes : int
             N.
@@ -113,7 +113,7 @@ class Sleepable:
         return h, LMState.from_blocks(memories, position)
 
     def consolidate(self, tokens, state, passes, window=None):
-        """Asleep: read tokens (B, T) in N `passes`, equation (6), and give the state that remains."""
+        """Asleep: read tokens (B, T) in N `passes`, equation (6); return the state that remains."""
         passes = passes if self.has_fast_weights else 1
         return self.blocks(self.embed(tokens), state, passes=passes, window=window, write_only=True)[1]
 
@@ -131,7 +131,7 @@ class Sleepable:
         return state.evict(eviction, window)
 
     def check_tokens(self, tokens):
-        """Raise an error unless tokens are int64 (B, T), known words, on the model's device."""
+        """Raise unless tokens are int64 (B, T) on the model's device and, if that is a CPU, known words."""
         token_tensor("tokens", tokens, self.vocab_size)
         if tokens.device != self.device:
             raise ValueError(f"tokens are on {tokens.device}, the model on {self.device}")

@@ -27,7 +27,7 @@ class Interval:
     value, half : float
         The interval is ``value - half`` to ``value + half``.
     seeds : int
-        How many it was made from.
+        How many seeds it was made from.
 
     Chapter: seeds
     """
@@ -39,7 +39,7 @@ class Interval:
     @property
     def sign(self):
         """1 if the whole interval lies above zero, -1 if below, 0 if it holds zero: nothing is decided."""
-        return int(self.value > self.half) - int(self.value < -self.half)  # NumPy's booleans know no minus
+        return int(self.value > self.half) - int(self.value < -self.half)  # NumPy's booleans have no minus
 
     def __str__(self):
         return f"{self.value:+.3f} ± {self.half:.3f}"

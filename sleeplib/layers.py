@@ -30,7 +30,7 @@ SHORT = 16  # keys up to which attention by loops beats PyTorch's on a CPU (pyth
 
 
 def linear(fan_in, fan_out, zero=False):
-    """A bias-free projection that keeps the size of its input; with `zero` a block starts as the identity."""
+    """A bias-free projection whose outputs start as large as its inputs, or, with `zero`, at zero."""
     layer = nn.Linear(fan_in, fan_out, bias=False)
     nn.init.zeros_(layer.weight) if zero else nn.init.normal_(layer.weight, std=fan_in**-0.5)
     return layer
@@ -39,8 +39,9 @@ def linear(fan_in, fan_out, zero=False):
 def project(x, *layers):
     """Apply several bias-free projections to the same x (B, T, D); outputs side by side.
 
-    In one product where a layer is nothing but its weight.  A layer that somebody has hooked, wrapped or
-    replaced (LoRA, quantisation, pruning) is called, as any module is.  Under autocast it is in bfloat16.
+    All in one product if every layer is nothing but its weight.  If somebody has hooked, wrapped or replaced
+    one (LoRA, quantisation, pruning), all are called, as any module is.  Under autocast the outputs are
+    in its precision.
     """
     if all(_is_plain(layer) for layer in layers):
         return F.linear(x, torch.cat([layer.weight for layer in layers]))
@@ -48,7 +49,7 @@ def project(x, *layers):
 
 
 def unrounded(y):
-    """What a product made under autocast on a CPU, in float32: there only our loops take bfloat16 quickly."""
+    """A product made under autocast on a CPU, as float32: only our loops are fast in bfloat16 there."""
     return y.float() if y.dtype == torch.bfloat16 and low_on_cpu(y) else y
 
 
@@ -58,7 +59,7 @@ def low_on_cpu(x):
 
 
 def _is_plain(layer):
-    """Whether calling this layer is multiplying by its weight and nothing else."""
+    """Whether calling this layer multiplies by its weight and does nothing else."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is nn.Linear and layer.bias is None and not any(hooks) and "forward" not in vars(layer)
 
@@ -101,10 +102,10 @@ def _rotary_table(length, size, base, dtype):
 
 
 def rotate(x, start, base):
-    """Turn each pair of coordinates of x (B, T, H, K) by its position times a rate; the first is `start`.
+    """Turn each pair of coordinates of x (B, T, H, K) by position times a rate, from position `start` on.
 
     Only differences of positions matter, so callers count from the oldest cached key: angles stay small
-    and float32 stays exact, however long the stream.
+    and float32 stays accurate, however long the stream.
 
     Chapter: 01_attention
     """
@@ -136,9 +137,9 @@ class Attention(nn.Module):
         self.o = linear(d_model, d_model, zero=True)
 
     def forward(self, x, memory, sliding_window=None, write_only=False):
-        """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with the new keys.
+        """Map x (B, T, D) to y (B, T, D), or None if `write_only`, and the memory with the new keys.
 
-        A query sees the keys of its newest `sliding_window` positions, all if None.
+        A query sees the keys of the newest `sliding_window` positions, its own included; all if None.
         """
         qkv = unrounded(project(x, self.q, self.k, self.v))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -181,7 +182,7 @@ class Attention(nn.Module):
 def attend(q, k, v, sliding_window=None, ages=None):
     """Causal attention of q (B, T, H, K) over k, v (B, S, H, K), by whatever is fastest for so many keys.
 
-    Keys stand where `ages` (S,) or (B, S) says, side by side if None.  On a CPU autocast does not reach it.
+    `ages`, (S,) or (B, S), says where the keys stand; side by side if None.  On a CPU autocast is off in it.
     """
     with torch.autocast("cpu", enabled=False) if low_on_cpu(q) else nullcontext():
         return _attend(q, k, v, sliding_window, ages)
@@ -214,7 +215,7 @@ def newest(x, context, count):
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution over time, one small filter a channel, followed by SiLU.
+    """A causal convolution over time, one small filter for each channel, followed by SiLU.
 
     Parameters
     ----------
@@ -236,7 +237,7 @@ class ShortConvolution(nn.Module):
 
 
 class DynamicConvolution(nn.Module):
-    """A causal convolution whose filters are computed from the token: one filter a token and channel.
+    """A causal convolution with filters computed from the token, one for each token and channel; then SiLU.
 
     Parameters
     ----------
@@ -245,8 +246,8 @@ class DynamicConvolution(nn.Module):
 
     Notes
     -----
-    The first weight is random and the second zero: with both zero neither would get a gradient.  So it starts
-    as an ordinary convolution, given by the bias.
+    Of the two matrices that make the filters the first starts random and the second at zero: with both at
+    zero neither would get a gradient.  So the layer starts as an ordinary convolution, given by the bias.
 
     Chapter: 06_hybrid
     """
@@ -260,7 +261,7 @@ class DynamicConvolution(nn.Module):
         nn.init.normal_(self.up.bias, std=0.02)
 
     def forward(self, values, x, context):
-        """Filter values (B, T, C) by the kernels that x (B, T, D) asks for; also the next context."""
+        """Filter values (B, T, C) with the filters that x (B, T, D) makes; also the next context."""
         filters = self.up(F.silu(self.down(x))).unflatten(-1, (self.taps, -1))  # (B, T, taps, C)
         T, past = values.shape[1], kernels.prepend_context(values, context, self.taps)
         y = sum(past[:, i : i + T] * filters[:, :, i] for i in range(self.taps))
@@ -278,7 +279,7 @@ class GatedDeltaNet(nn.Module):
     d_model, num_heads, key_size, value_size : int
         D, H, K and V.
     taps : int
-        Length of the short convolution on queries, keys and values.
+        Length of the convolution on queries, keys and values (values only, if `dynamic`).
     rule : {"delta", "hebbian"}
         The local learning rule.
     dynamic : bool
@@ -310,7 +311,7 @@ class GatedDeltaNet(nn.Module):
         self.o = linear(H * V, d_model, zero=True)
 
     def forward(self, x, memory, sliding_window=None, write_only=False):
-        """Map x (B, T, D) to y (B, T, D), None if `write_only`, and the memory with what was written."""
+        """Map x (B, T, D) to y (B, T, D), or None if `write_only`, and the memory with what was written."""
         H, K, V = self.num_heads, self.key_size, self.value_size
         check_fast(memory, (len(x), self.conv.taps - 1, self.conv.channels))
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)  # (B, T, H (2 K + 2 V + 2))

@@ -35,7 +35,7 @@ class ModelConfig:
     loop : (int, int), optional
         First and last block (from 0, both included) that repeated passes run through; all if absent.
     key_size, value_size : int, optional
-        K and V of a fast weight; ``d_model / num_heads`` and twice that if absent.
+        K and V of a fast weight; if absent ``d_model / num_heads`` and ``2 * K``.
     mlp_size : int, optional
         Hidden width of the feed-forward layers; 8/3 of D, rounded up to a multiple of 16, if absent.
     conv_taps, rope_base : int, float
@@ -104,7 +104,7 @@ class ModelConfig:
         return HybridLM(self)
 
     def on_meta(self):
-        """Make the model without numbers, on device "meta": what it costs can be counted on it."""
+        """Make the model without numbers, on device "meta", so that its cost can be counted."""
         with torch.device("meta"):
             return self.build()
 
@@ -127,7 +127,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(D, config.hidden)
 
     def forward(self, h, memory, sliding_window=None, write_only=False):
-        """Map h (B, T, D) and this block's memory to the next h, None if `write_only`, and memory."""
+        """Map h (B, T, D) and this block's memory to the next h, or None if `write_only`, and memory."""
         y, memory = self.mixer(self.mixer_norm(h), memory, sliding_window, write_only)
         if write_only:
             return None, memory
@@ -144,8 +144,9 @@ class HybridLM(Sleepable, nn.Module):
 
     Notes
     -----
-    Projections start at N(0, 1 / fan_in) in variance, the output projection of every mixer and feed-forward
-    layer at zero (a block starts as the identity: N passes leave h as one does), embeddings at N(0, 1).
+    Projections start from N(0, 1 / fan_in), the second number a variance; the output projection of every
+    mixer and feed-forward layer at zero (a block starts as the identity: N passes leave h as one does);
+    embeddings from N(0, 1).
 
     Chapter: 06_hybrid
     """
@@ -172,7 +173,7 @@ class HybridLM(Sleepable, nn.Module):
         return self.head.weight.device
 
     def initial_state(self, batch_size):
-        """Return an :class:`LMState` with empty caches and zero fast weights, on the model's device."""
+        """Return an :class:`LMState` with empty caches and fast weights of zeros, on the model's device."""
         c, weight = self.config, self.head.weight
         shape = (integer("batch_size", batch_size, 1), c.num_heads, c.K, c.V)
         wide = torch.promote_types(torch.float32, weight.dtype)
@@ -180,12 +181,12 @@ class HybridLM(Sleepable, nn.Module):
         return LMState(tuple(None if k == "a" else torch.zeros(shape, **zeros) for k in c.pattern))
 
     def fast_parameters(self):
-        """Of each block with an S the parameters of its mixer, and of the norm before it: a list."""
+        """The parameters of the mixer, and of the norm before it, in every block with a fast weight."""
         fast = [b for b in self.modules() if isinstance(b, Block) and isinstance(b.mixer, GatedDeltaNet)]
         return [p for block in fast for part in (block.mixer_norm, block.mixer) for p in part.parameters()]
 
     def embed(self, tokens):
-        """Look up tokens (B, T), int64, to h (B, T, D)."""
+        """Map tokens (B, T), int64, to h (B, T, D)."""
         self.check_tokens(tokens)
         return self.embedding(tokens)
 

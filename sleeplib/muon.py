@@ -9,13 +9,13 @@ from .device import multiplies_bfloat16
 
 
 class Muon(torch.optim.Muon):
-    """:class:`torch.optim.Muon`, its numbers, state and options, in fewer and larger products.
+    """:class:`torch.optim.Muon`, with the same numbers, state and options, in fewer and larger products.
 
     A small model has dozens of small matrices of few shapes, and PyTorch takes them one by one, 15 products
     each.  The update is that of Keller Jordan's Muon: momentum, made orthogonal by `ns_steps` Newton-Schulz
     steps in bfloat16, times ``sqrt(max(1, rows / columns))``, or ``0.2 * sqrt(max(rows, columns))`` if
-    `adjust_lr_fn` is "match_rms_adamw".  Of a matrix that lies in parts at several processes each puts the
-    momentum together, and keeps its part of the update.
+    `adjust_lr_fn` is "match_rms_adamw".  If a matrix lies in parts at several processes, each process
+    puts the whole momentum together and keeps its part of the update.
 
     Chapter: 10_training
     """
@@ -54,11 +54,11 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(x, coefficients, steps, eps):
-    """Newton-Schulz steps on each matrix of x (n, rows, columns): bfloat16, singular values near 1.
+    """Take Newton-Schulz steps on each matrix of x (n, rows, columns): singular values near 1, in bfloat16.
 
     A CPU without instructions for bfloat16 takes 50 times as long for such a product as for one in float32.
-    There the products are float32's, and what they give is rounded to bfloat16: the same numbers, but for the
-    order of sums.
+    There the products are in float32 and their results are rounded to bfloat16: the same numbers, except for
+    the order of sums.
     """
     a, b, c = coefficients
     native = multiplies_bfloat16(x.device)

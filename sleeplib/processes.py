@@ -1,4 +1,4 @@
-"""Several processes at one run, as torchrun starts them: who this one is, and what all must agree on."""
+"""Several processes on one run, as torchrun starts them: which one this is, and what all must agree on."""
 
 import os
 from contextlib import contextmanager, nullcontext
@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextmanager
 def joined():
-    """Join the processes that torchrun has started, within `with`; alone where it has started none.
+    """Join the processes that torchrun has started, for a `with` block; do nothing where it started none.
 
-    On CUDA each process takes the GPU of its number on this machine, so that "cuda" means that one.
+    On CUDA each process takes the GPU of its number on this machine, so that "cuda" means that GPU.
     """
     if _started() == 1 or dist.is_initialized():
         yield
@@ -30,7 +30,7 @@ def joined():
 
 
 def first():
-    """Whether this process speaks for all: it is the only one or, also before they join, number 0."""
+    """Whether this process speaks for all: it is the only one, or number 0 (known even before they join)."""
     return _started() == 1 or os.environ["RANK"] == "0"
 
 
@@ -45,7 +45,7 @@ def world():
 
 
 def agreed(number):
-    """The largest of the numbers that the processes come with: what one has noted, all know."""
+    """The largest of the numbers that the processes bring: what one has noted, all then know."""
     if not _together():
         return number
     dist.all_reduce(found := torch.tensor(number), dist.ReduceOp.MAX)
@@ -72,10 +72,10 @@ def in_step(model, loss):
 
 
 def shard(model, device):
-    """Leave of each weight of a :class:`Sleepable` only this process' part, on `device`, PyTorch's FSDP2.
+    """Keep only this process's part of each weight of a :class:`Sleepable`, on `device`, by PyTorch's FSDP2.
 
     A block is put together when it is called, the embedding and the readout once a step; the gradients that
-    come out are means over processes, and parts too.  All processes must have made the same model, on the
+    come out are means over processes, and also in parts.  All processes must have made the same model, on the
     CPU: FSDP2 moves one block after the other and keeps its part, so no device ever holds them all.
     """
     from torch.distributed.device_mesh import init_device_mesh  # not in every build of PyTorch
@@ -85,12 +85,12 @@ def shard(model, device):
     for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for name in ("embed", "readout"):  # not its forward: what sleep calls
+    for name in ("embed", "readout"):  # sleep calls these, not forward
         register_fsdp_forward_method(model, name)
 
 
 def whole(x):
-    """A tensor with the parts of all processes in it, which all must ask for; any other as it is."""
+    """A tensor put together from its parts at all processes, which must all ask; any other as it is."""
     return x.full_tensor() if _in_parts(x) else x
 
 
@@ -109,7 +109,7 @@ def gathered(tensors):
 
 
 def part(x, like):
-    """Of a whole tensor what this process keeps of `like`; all of it, unless `like` is in parts."""
+    """The rows of a whole tensor x that this process keeps of `like`; all of x unless `like` is in parts."""
     if not _in_parts(like):
         return x
     from torch.distributed.tensor import DTensor
@@ -126,7 +126,7 @@ def _in_parts(x):
 
 
 class _Loss(nn.Module):
-    """A loss as the forward of a module that holds the model."""
+    """A module that holds the model and has the loss as its forward."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -136,7 +136,7 @@ class _Loss(nn.Module):
         return self.loss(inputs, labels)
 
     def no_sync(self):
-        """Where nobody waits for other processes, or each call does: nothing to put off."""
+        """Put nothing off: here either nobody waits for other processes, or every call does."""
         return nullcontext()
 
 

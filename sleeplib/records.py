@@ -1,4 +1,4 @@
-"""Run records: one JSON file a run, written whole or not at all, read by the chapters."""
+"""Run records: one JSON file for each run, written whole or not at all, read by the chapters."""
 
 import glob
 import json
@@ -18,7 +18,7 @@ LIBRARIES = ("sleeplib", "torch", "numpy", "numba")
 
 
 def checkout():
-    """Folder of the checkout that this sleeplib lies in; None where it is installed."""
+    """Folder of the checkout that this sleeplib lies in; None if it is an installed package."""
     root = Path(__file__).resolve().parent.parent
     project = root / "pyproject.toml"
     return root if project.is_file() and 'name = "sleeplib"' in project.read_text() else None
@@ -41,8 +41,8 @@ def results_dir():
 def kept_model_path(name, argument="name"):
     """Folder of a shipped model, by "rule110-quick/N4-seed0", or by the preset alone where it has only one.
 
-    A FileNotFoundError if `name` fits none, a ValueError if several; both list what there is, and call `name`
-    what the caller's `argument` is called.
+    Raises FileNotFoundError if `name` fits none, ValueError if several; both list the choices, and call
+    `name` by the caller's name for it, `argument`.
 
     Chapter: 11_rule110
     """
@@ -60,8 +60,8 @@ def kept_model_path(name, argument="name"):
 def write_atomically(path, content):
     """Write bytes to `path` so that a reader sees the old file or the new one, never a part.
 
-    Its folder is made if need be; what writers of `path` that were killed on this machine have left there is
-    removed.  If the disk is full, say, it is an OSError: the old file stands, no temporary one is left.
+    The folder is made if need be, and what writers of `path` that were killed on this machine left there is
+    removed.  An OSError, say because the disk is full, leaves the old file and no temporary one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +89,12 @@ def write_atomically(path, content):
 
 
 def _alive(pid):
-    """Whether a process may still run; Windows is not asked, signal 0 would end it there."""
+    """Whether a process may still be running; Windows is not asked: signal 0 would end the process there."""
     try:
         return os.name != "posix" or os.kill(int(pid), 0) is None
     except (ProcessLookupError, ValueError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it runs, as another user
         return True
 
 
@@ -116,8 +116,8 @@ def record_path(preset, passes, seed, out=None):
 def save_record(record, out=None):
     """Write a run record and return its path.
 
-    A ValueError if a key is missing or unknown, or a number not finite; an OSError, naming the file, if it
-    cannot be written: an older record stands.
+    Raises ValueError if a key is missing or unknown, or a number not finite; OSError, naming the file, if it
+    cannot be written: an older record then stands.
     """
     if odd := sorted(set(record) ^ set(KEYS)):
         raise ValueError(f"record: missing or unknown keys {odd}")
@@ -133,7 +133,7 @@ def save_record(record, out=None):
 
 
 def load_record(path):
-    """Read one run record; a ValueError if the file is none."""
+    """Read one run record; raise ValueError if the file is not one."""
 
     def refuse(word):
         raise ValueError(f"{word} is no JSON number")
@@ -186,7 +186,7 @@ def final_scores(preset, passes, seeds=None, out=None, key="exact"):
 
 
 def score_table(arms, seeds, key="exact"):
-    """Final scores as lines of text: an arm a line, a column for each seed, a dash where nothing was run.
+    """Final scores as lines of text: one arm per line, a column for each seed, a dash where nothing was run.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def versions():
 def commit():
     """The commit of the checkout that sleeplib lies in, and whether the package differs from it.
 
-    (None, None) where sleeplib is installed: the version tells.  ("unknown: <reason>", None) where git is
+    (None, None) where sleeplib is installed: its version will do.  ("unknown: <reason>", None) where git is
     missing or refuses.  A repository that merely surrounds the checkout is not asked.
     """
     if (root := checkout()) is None:

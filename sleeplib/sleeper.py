@@ -12,7 +12,7 @@ from .state import LMState, check_eviction, storage_bytes
 
 @dataclass(frozen=True)
 class _Stream:
-    """All that a stream is at one moment; a sleeper moves from one to the next in a single assignment."""
+    """A stream at one moment; a sleeper moves from one such moment to the next in a single assignment."""
 
     state: LMState  # after the newest token
     boundary: LMState  # at the window's start
@@ -40,8 +40,9 @@ class Sleeper:
 
     Notes
     -----
-    No gradients.  Equal to :func:`sleep_forward` on the same tokens, unless a chunk with labels is full: that
-    one Algorithm 1 does not sleep on.  A call that is interrupted, or refused, leaves the stream as it was.
+    There are no gradients.  The results are those of :func:`sleep_forward` on the same tokens, unless a full
+    chunk has labels: Algorithm 1 does not sleep on it, a sleeper does.  A call that is interrupted, or
+    refused, leaves the stream as it was.
 
     Chapter: 08_sleep
     """
@@ -57,7 +58,7 @@ class Sleeper:
                 )
         check_eviction(eviction)
         self.model = model
-        # Fixed: what was read of a window was read with these in mind.
+        # Fixed: the part of a window that was read was read under these settings.
         self._window, self._passes = integer("window", window, 1), check_passes(passes)
         self._eviction, self._stream = eviction, None
         self._sleeps = self._passes > 1 and model.has_fast_weights  # else a nap only drops the cache
@@ -105,7 +106,7 @@ class Sleeper:
         return torch.cat(tokens, dim=1)
 
     def nbytes(self):
-        """Bytes of every tensor that the sleeper holds on to, shared storage counted once."""
+        """Bytes of every tensor of the stream (not the weights), shared storage counted once."""
         if self._stream is None:
             return 0
         stream = self._stream
@@ -128,13 +129,13 @@ class Sleeper:
         model, state, (first, last) = self.model, stream.state, self.model.loop
         if self._sleeps:
             awake, start = state.blocks(), stream.boundary.blocks()
-            # The blocks after the loop read each window once, and what they read is the last pass.
+            # Blocks after the loop read a window once, after the last pass: what they wrote awake is undone.
             start = [b._replace(S=a.S) if i <= last else b for i, (a, b) in enumerate(zip(awake, start))]
             order = model.order(self.passes - 1)[first:]
             _, slept = model.run(
                 torch.cat(stream.read, dim=1), start, order, self._key_window(), write_only=True
             )
             state = LMState.from_blocks(awake[:first] + slept[first:], state.position)
-        # Slices would keep the whole window alive: own what is carried on, let go of the rest.
+        # Slices would keep the whole window alive: copy what is carried on, let go of the rest.
         state = state.evict(self.eviction, self.window).clone()
         return _Stream(state, state, naps=stream.naps + 1)

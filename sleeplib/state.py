@@ -41,11 +41,11 @@ class LMState:
     Parameters
     ----------
     fast_weights : tuple
-        One (B, H, K, V) tensor, or None for an attention block, for each block.  Survives eviction.
+        For each block a (B, H, K, V) tensor, or None if it is attention.  Survives eviction.
     kv : tuple or None
-        One (keys, values) pair, each (B, S, H, size), or None, for each block.
+        For each block a (keys, values) pair, each (B, S, H, size), or None.
     conv : tuple or None
-        One (B, taps - 1, channels) tensor, or None, for each block.
+        For each block a (B, taps - 1, channels) tensor, or None.
     position : int
         Tokens read so far.
     key_ages : tuple or None
@@ -96,7 +96,7 @@ class LMState:
         return replace(self, **{name: apply(getattr(self, name)) for name in names})
 
     def detach(self):
-        """Return a copy that no gradient passes."""
+        """Return the same state, detached: no gradient passes through it."""
         return self._map(torch.Tensor.detach)
 
     def clone(self):
@@ -104,7 +104,7 @@ class LMState:
         return self._map(torch.Tensor.clone)
 
     def nbytes(self):
-        """Bytes of all tensors, shared storage counted once."""
+        """Bytes that the tensors keep alive, shared storage counted once."""
         return storage_bytes(self.tensors())
 
     def evict(self, eviction="hard", window=None):
@@ -125,7 +125,8 @@ class LMState:
         Raises
         ------
         ValueError
-            If `eviction` is unknown, `window` below 1, or cached keys and values are not of one length.
+            If `eviction` is unknown, or for sliding eviction `window` is no int of at least 1 or cached keys
+            and values differ in length.
 
         Notes
         -----

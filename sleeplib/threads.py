@@ -2,8 +2,8 @@
 
 PyTorch's OpenMP workers spin while they wait.  Beside any other busy process that costs a factor of 10 and
 more: a worker that spins keeps the one it waits for from running.  On a quiet machine a worker that does
-not spin loses half a core.  So on import the workers are told to sleep soon; a run looks how many cores are
-free, tries on a few sequences how many threads help, and lets those spin.  If the machine becomes busy it
+not spin loses half a core.  So on import the workers are told to sleep soon; a run looks at how many cores
+are free, tries on a few sequences how many threads help, and lets those spin.  If the machine becomes busy it
 falls back to one.
 """
 
@@ -26,7 +26,7 @@ def cores():
 
 
 def free_cores(seconds=0.1):
-    """How many cores nobody used just now, rounded; all of this process's where the system does not say."""
+    """How many cores were idle just now, rounded; all of this process's where the system does not say."""
     try:
         before, _, after = (_ticks(), time.sleep(seconds), _ticks())
     except OSError:
@@ -46,9 +46,9 @@ def _ticks():
 def sleep_soon():
     """Tell the workers of GNU OpenMP to sleep after a short wait; return whether that worked.
 
-    Its spinning is set by ``OMP_WAIT_POLICY`` before PyTorch is loaded, and by nothing later, except that it
-    spins briefly while there are more threads than cores.  So one more team is made, which sleeps.  Nothing
-    is done where OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, or SLEEPLIB_THREADS=keep.
+    How long they spin is set by ``OMP_WAIT_POLICY`` before PyTorch is loaded, and by nothing later, except
+    that they spin only briefly while there are more threads than cores.  So one more team is made, which
+    sleeps.  Nothing is done where OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, or SLEEPLIB_THREADS=keep.
     """
     said = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
     if said or _asleep or os.environ.get("SLEEPLIB_THREADS") == "keep":
@@ -74,7 +74,7 @@ def sleep_soon():
 
 
 def spin():
-    """Let workers wait as long as OpenMP would have it; return whether :func:`sleep_soon` had said no."""
+    """Let workers wait as long as OpenMP would have it; return whether :func:`sleep_soon` had said not to."""
     told = bool(_asleep)
     while _asleep:
         thread, enough = _asleep.pop()
@@ -84,13 +84,13 @@ def spin():
 
 
 class Choice:
-    """How many threads work, and what is made of a machine that becomes busy."""
+    """How many threads work, and what happens when the machine becomes busy."""
 
     def __init__(self, count):
         self.count, self.best, self.slow = count, float("inf"), 0
 
     def step_took(self, seconds):
-        """Fall back to one thread after three steps in a row that took three times as long as the best."""
+        """Fall back to one thread after three steps in a row that took over three times the best."""
         self.best = min(self.best, seconds)
         self.slow = self.slow + 1 if seconds > 3 * self.best else 0
         if self.slow == 3 and self.count > 1:
@@ -103,7 +103,7 @@ def chosen(count, probe=None, repeats=3):
     """Let PyTorch use `count` threads in a ``with`` block; yield a :class:`Choice`.
 
     None tries 1, 2, 4, ... up to the number of cores that are free and takes the fewest that are nearly the
-    fastest, unless the user has said a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has
+    fastest, unless the user has set a number by OMP_NUM_THREADS or :func:`torch.set_num_threads`, or has
     set SLEEPLIB_THREADS=keep.  What is timed is `probe`, a callable without arguments; without it nothing is
     tried.  It is timed `repeats` times, the counts in turn; the shortest time of each counts.  Several
     threads may spin where as many cores are free.

@@ -11,8 +11,9 @@ auto        reference for small states or few tokens on the CPU, wy for others, 
 ==========  ==============================================================================
 
 ``naive.py`` holds the plain PyTorch that every kernel here is a faster form of.  After ``use_numba(False)``
-it runs in their place: "reference" is then its token loop, on any device, and "auto" is "chunked".  An
-argument that does not fit is refused by name everywhere (ValueError, TypeError), before memory is touched.
+it runs in place of the loops: "reference" is then its token loop, on any device, and "auto" and "wy" are
+"chunked".  An argument that does not fit is refused by name everywhere (ValueError, TypeError), before memory
+is touched.
 """
 
 from contextlib import nullcontext
@@ -43,16 +44,16 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
               \qquad o_t = S_t q_t
 
     This is equation (3) of the paper, in its letters, with the delta-rule correction of its section 3.1; here
-    the state is stored key-first, so the code computes ``o = scale * S.T @ q``.  A ValueError on a shape that
-    does not fit, an unknown backend, or `g` that is positive or NaN; a TypeError on an argument that is not a
-    dense floating-point tensor, or on float64 among other precisions.
+    the state is stored key-first, so the code computes ``o = scale * S.T @ q``.  Raises ValueError on a shape
+    that does not fit, an unknown backend, or `g` that is positive or NaN; TypeError on an argument that is
+    not a dense floating-point tensor, or on float64 mixed with other precisions.
 
     Parameters
     ----------
     q, k, v : torch.Tensor, shapes (B, T, H, K), (B, T, H, K) and (B, T, H, V)
         Queries, keys and values.  Keys are expected to have norm at most 1, else writes may overshoot.
     g, beta : torch.Tensor, shape (B, T, H)
-        Log decay, ``alpha = exp(g)``, at most 0, ``-inf`` allowed; writing strength, usually in (0, 1).
+        Log decay g, at most 0, ``-inf`` allowed: ``alpha = exp(g)``; writing strength, usually in (0, 1).
     initial_state : torch.Tensor, shape (B, H, K, V), optional
         The fast weight before the first token; zeros if absent.
     scale : float, optional
@@ -60,7 +61,7 @@ def gated_delta_rule(q, k, v, *, g, beta, initial_state=None, scale=None, backen
     backend : {"auto", "reference", "chunked", "wy", "fla"}
         Which implementation runs; all are differentiable in every tensor.
     validate : bool, optional
-        Check the values of `g` too.  Defaults to True on the CPU, unless traced; elsewhere it costs a sync.
+        Check the values of `g` too.  Done by default on the CPU, unless traced; elsewhere it costs a sync.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Softmax attention and rotary positions as loops: what a KV cache is asked for, one query at a time."""
+"""Softmax attention over a KV cache, one query at a time, and rotary positions, as loops."""
 
 import numpy as np
 
@@ -157,7 +157,7 @@ def _turn(x, cos, sin):
 def apply_rotary(x, cos, sin):
     """Turn the pairs (x[j], x[j + K / 2]) of the rows of x (B, T, H, K) by their positions' angles.
 
-    Of the angles cos and sin are given, each (T, K / 2).
+    `cos` and `sin` are those of the angles, each (T, K / 2).
 
     Chapter: 01_attention
     """

@@ -9,8 +9,8 @@ writes before it in the chunk, which is a unit lower triangular system; solved o
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
 
 For the Hebbian rule A = 0 and the read of S drops out.
-In a product 0 times NaN is NaN, so a NaN would reach the tokens of its chunk before it.  On the CPU the loop
-takes over where the last state is not finite; a GPU would have to wait for that answer.
+In a product 0 times NaN is NaN, so a NaN would also reach the tokens that come before it in its chunk.  On
+the CPU the loop takes over if the last state is not finite; a GPU would have to wait to know.
 """
 
 import math
@@ -20,7 +20,7 @@ import torch
 from . import reference
 from .jit import plain
 
-LOWEST = -100.0  # exp(-100) is nothing to float32; a floor keeps -inf out of the differences G_i - G_j
+LOWEST = -100.0  # exp(-100) beside 1 is nothing; a floor keeps -inf out of the differences G_i - G_j
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta, chunk=64):
@@ -29,7 +29,7 @@ def recurrence(q, k, v, g, beta, S, scale, delta, chunk=64):
     chunk = min(chunk, T)
     count = -(-T // chunk)
 
-    def split(x):  # (B, T, H, ...) -> (B, H, count, chunk, ...), zero tokens at the end change nothing
+    def split(x):  # (B, T, H, ...) -> (B, H, count, chunk, ...); tokens of zeros at the end change nothing
         x = x.to(S.dtype).transpose(1, 2)
         if count * chunk > T:
             x = torch.cat([x, x.new_zeros(*x.shape[:2], count * chunk - T, *x.shape[3:])], dim=2)

@@ -7,12 +7,12 @@ from ..checks import check_tensor, integer
 from . import naive
 from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, strided_rows, wide
 
-BLOCK = 8  # sequences a task; each task sums its own share of the filters' gradient
+BLOCK = 8  # sequences in a task; each task sums its own share of the filters' gradient
 
 
 @numba_kernel
 def _filter(row, x, start, step, context, weight, t):
-    """Fill row (C,) with the filtered input of one position; before the first lies the context."""
+    """Fill row (C,) with the filtered input at position t; the context stands before the first position."""
     taps, C = len(weight), len(row)
     row[:] = 0
     for i in range(taps):
@@ -97,7 +97,7 @@ def causal_convolution(x, weight, context=None, silu=False):
     """Filter each channel over time: ``y[t] = sum_i weight[i] * x[t - taps + 1 + i]``, then SiLU if wanted.
 
     x and y are (B, T, C), the weight is (taps, C), oldest input first, and context (B, taps - 1, C) holds the
-    inputs before the first; zeros if absent.  Of an x in bfloat16 y is in the precision of the weight.
+    inputs before the first; zeros if absent.  If x is in bfloat16, y has the precision of the weight.
 
     Chapter: 06_hybrid
     """
@@ -113,7 +113,7 @@ def causal_convolution(x, weight, context=None, silu=False):
 
 
 def prepend_context(x, context, taps):
-    """x (B, T, C) behind context (B, taps - 1, C), its newest predecessors; zeros if there is none."""
+    """Put context (B, taps - 1, C), the inputs before x, or zeros if it is None, in front of x (B, T, C)."""
     check_tensor("x", x, ("B", "T", "C"))
     taps = integer("taps", taps, 1)
     if context is not None:

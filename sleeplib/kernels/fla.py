@@ -13,7 +13,7 @@ def recurrence(q, k, v, g, beta, S, scale, delta):
         raise ImportError(f"backend='fla' needs {wanted}") from error
     if q.device.type != "cuda":
         raise ValueError(f"backend='fla' runs on CUDA only; q is on {q.device}")
-    g = g.clamp(min=LOWEST)  # they subtract running sums, and -inf minus -inf is NaN
+    g = g.clamp(min=LOWEST)  # its kernels subtract running sums, and -inf minus -inf is NaN
     options = dict(g=g, scale=scale, initial_state=S, output_final_state=True)
     if delta:
         return chunk_gated_delta_rule(q, k, v, beta=beta, **options)

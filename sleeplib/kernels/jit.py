@@ -17,20 +17,20 @@ from torch.autograd.function import once_differentiable
 
 from ..threads import cores
 
-# Sums may be reordered and contracted to FMAs, and a division by zero is inf and no exception: both let LLVM
-# vectorise.  NaN and inf keep their meaning.
+# Sums may be reordered and contracted to FMAs, and a division by zero gives inf, not an exception: both let
+# LLVM vectorise.  NaN and inf keep their meaning.
 NUMBA_OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 GRAIN = 32768  # entries below which one thread does it all, as in PyTorch
-PARTS = 4  # pieces of work a thread: whoever is free takes the next, so a busy core holds up nobody
+PARTS = 4  # pieces of work per thread: whoever is free takes the next, so a busy core holds nobody up
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # a subclass may hold no numbers, or other numbers
 SOURCES = sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).digest()
 
 
 class use_numba:
-    """Switch every Numba path on or off (a bool): for good, or until the end of a ``with`` block.
+    """Switch a model's Numba kernels on or off (a bool): for good, or until the end of a ``with`` block.
 
-    Off, the plain PyTorch of ``naive.py`` runs in its place: slower, but differentiable twice.  Set
-    ``SLEEPLIB_NUMBA=0`` in the environment to begin so.
+    When they are off, plain PyTorch (``naive.py``, ``chunked.py``) runs in their place: slower, but
+    differentiable twice.  Set ``SLEEPLIB_NUMBA=0`` in the environment to start with them off.
 
     Chapter: 05_chunks
     """
@@ -50,7 +50,7 @@ class use_numba:
 
 
 def plain(*tensors):
-    """Whether these are ordinary CPU tensors, numbers in memory, that nothing traces or transforms."""
+    """Whether these are ordinary CPU tensors, with numbers in memory, that nothing traces or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     tensors = [x for x in tensors if x is not None]
@@ -61,7 +61,7 @@ def plain(*tensors):
 def compiled(*tensors, low=False):
     """Whether Numba runs on these: it is on, they are plain, not empty, all float32 or all float64.
 
-    Where `low`, any of them may be bfloat16 instead, and the rest is float32.
+    With `low`, any of them may be bfloat16 instead, if the rest are float32.
     """
     tensors = [x for x in tensors if x is not None]
     kinds = {torch.float32 if low and x.dtype == torch.bfloat16 else x.dtype for x in tensors}
@@ -71,7 +71,7 @@ def compiled(*tensors, low=False):
 
 
 class _Cache(FunctionCache):
-    """Machine code on disk.  It holds what a kernel's file imports: a change of any makes it stale."""
+    """Machine code on disk.  It includes what a kernel imports: any change in this folder makes it stale."""
 
     def __init__(self, f):
         super().__init__(f)
@@ -87,7 +87,7 @@ class _Cache(FunctionCache):
 
 
 def numba_kernel(f):
-    """Compile f at its first call, once a precision, and keep the result where a folder can be written."""
+    """Compile f at its first call, once for each precision; keep the result if a folder can be written."""
     kernel = njit(**NUMBA_OPTIONS)(f)
     with suppress(RuntimeError):  # no such folder: every process compiles for itself
         kernel._cache = _Cache(f)
@@ -95,7 +95,7 @@ def numba_kernel(f):
 
 
 def exp(x):
-    """e to the x: for float32 a polynomial that LLVM can vectorise, right to 3 parts in 10 million."""
+    """e to the x: for float32 a polynomial, right to 3 parts in 10 million in -87 .. 88, constant beyond."""
     return np.exp(x)
 
 
@@ -119,7 +119,7 @@ def _exp(x):
 
 
 def wide(x):
-    """A number of an array: of bfloat16, which NumPy lacks and a kernel gets as its bits, the float32."""
+    """A number of an array, to compute with: bfloat16, which NumPy lacks, comes as bits and is widened."""
     return x
 
 
@@ -131,7 +131,7 @@ def _wide(x):
 
 
 def narrow(x, y):
-    """What an array y takes for x: of bfloat16 the bits of the nearest, the even one of two."""
+    """What is stored for x in an array y: for bfloat16 the bits of the nearest number, ties to even."""
     return x
 
 
@@ -142,14 +142,14 @@ def _narrow(x, y):
 
     def bits(x, y):
         word = np.float32(x).view(np.int32)
-        nan = np.int32((word & 0x7FFFFFFF) > 0x7F800000)  # is kept as it is, cut off, with its quiet bit set
+        nan = np.int32((word & 0x7FFFFFFF) > 0x7F800000)  # NaN stays NaN: cut off, with its quiet bit set
         return np.uint16(((word + (1 - nan) * (0x7FFF + ((word >> 16) & 1))) >> 16) | (nan << 6))
 
     return bits
 
 
 def rounded(x):
-    """The precision in which a loop gives what goes into a product: autocast's bfloat16, or x's own."""
+    """The precision of a loop's result that goes into a product: autocast's bfloat16, or that of x."""
     low = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
     return torch.bfloat16 if low and torch.get_autocast_dtype("cpu") == torch.bfloat16 else x.dtype
 
@@ -172,7 +172,7 @@ def strided_rows(x):
 
 
 class Differentiable(torch.autograd.Function):
-    """An autograd function whose gradient is a kernel too, so that it has no second one."""
+    """An autograd function whose gradient is a kernel too, so it can be differentiated only once."""
 
     def __init_subclass__(cls):
         cls.forward, cls.backward = staticmethod(cls.forward), staticmethod(once_differentiable(cls.backward))
@@ -198,7 +198,7 @@ def launch(kernel, count, *args):
     """Call ``kernel(first, last, *arrays)`` over range(count), in parts on as many threads as PyTorch uses.
 
     CPU tensors become arrays; floats take the first one's precision, at least float32.  The parts must not
-    depend on one another.  What a kernel fills must be contiguous: of another tensor it would fill a copy.
+    depend on one another.  What a kernel fills must be contiguous: otherwise it would fill a copy.
     """
     args = [_array(x) if isinstance(x, torch.Tensor) else x for x in args]
     size = max([x.size for x in args if type(x) is np.ndarray])

@@ -1,7 +1,9 @@
 r"""The readable truth in plain PyTorch: no loop is compiled, no gradient is written by hand.
 
-Every kernel of this folder computes one of these functions faster.  They run in its place on other devices,
-in half precision, while a model is traced, and after ``use_numba(False)``; each has derivatives of any order.
+Every kernel of this folder computes one of these functions faster.  They run wherever a Numba loop does not:
+on other devices, in precisions that the loop does not take, while a model is traced, and after
+``use_numba(False)``; the recurrence alone is by default replaced by ``chunked.py`` there.  Each has
+derivatives of any order.
 """
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 
 def recurrence(q, k, v, g, beta, S, scale, delta):
-    """The four lines, token by token: o (B, T, H, V) and the last (B, H, K, V).
+    """The four lines, token by token: o (B, T, H, V) and the last state (B, H, K, V).
 
     q, k (B, T, H, K); v (B, T, H, V); g, beta (B, T, H).
     """
@@ -23,7 +25,7 @@ def recurrence(q, k, v, g, beta, S, scale, delta):
 
 
 def softmax_attention(q, k, v, scale, window):
-    """Each query q (B, T, H, K) over its newest `window` keys of k (B, S, H, K), its own the newest."""
+    """Attention of each query q (B, T, H, K) over `window` keys of k (B, S, H, K), its own the newest."""
     T, S, rows = q.shape[1], k.shape[1], []
     for t in range(T):
         seen = slice(max(0, S - T + t + 1 - window), S - T + t + 1)
@@ -40,7 +42,7 @@ def apply_rotary(x, cos, sin):
 
 
 def prepend_context(x, context, taps):
-    """x (B, T, C) behind its ``taps - 1`` predecessors, zeros if there are none."""
+    """Put the ``taps - 1`` inputs before x, or zeros if there are none, in front of x (B, T, C)."""
     if context is None:
         context = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
     return torch.cat((context.to(x.dtype), x), dim=1)

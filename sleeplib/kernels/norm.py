@@ -7,12 +7,12 @@ from ..checks import check_tensor, finite_number, integer
 from . import naive
 from .jit import Differentiable, compiled, exp, launch, narrow, numba_kernel, rounded, strided_rows, wide
 
-BLOCK = 64  # rows a task, or one group; each task sums its own share of the weight's gradient
+BLOCK = 64  # rows in a task, or one group; each task sums its own share of the weight's gradient
 
 
 @numba_kernel
 def _forward(first, last, x, strides, gate, gate_step, weight, eps, y, rstd):
-    """A group has `inner` rows, side by side in y and in the gate, its `strides` apart in x."""
+    """A group has `inner` rows, side by side in y and in the gate; `strides` says where they lie in x."""
     (groups, inner), n = rstd.shape, len(weight)
     size, one, many = weight.dtype.type(n), weight.dtype.type(1), max(1, BLOCK // inner)
     for a in range(first * many, min(last * many, groups)):
@@ -66,7 +66,7 @@ def _backward(first, last, x, strides, gate, gate_step, weight, rstd, dy, dx, dg
 
 
 def _grouped(x, gate):
-    """Arguments of both kernels: x and the gate as rows, the (groups, inner) of rows, how many tasks."""
+    """Arguments of both kernels: x and the gate as rows, (groups, inner), and the number of tasks."""
     n, (flat, (inner, outer, step)) = x.shape[-1], strided_rows(x)
     if gate is None and outer == inner * step:  # every row is a group of its own
         inner, outer = 1, step
@@ -100,9 +100,9 @@ class _RMSNorm(Differentiable):
 
 
 def rms_norm(x, weight, eps, gate=None):
-    """Rows of x (..., n) at root mean square 1, times weight (n,) and silu of gate (..., n), if there is one.
+    """Scale rows of x (..., n) to root mean square 1, then by weight (n,) and, if given, silu(gate).
 
-    Under autocast in bfloat16 on a CPU they come in that: what follows is a product.
+    Under bfloat16 autocast the loops return bfloat16, since a product follows.
 
     Chapter: 06_hybrid
     """

@@ -1,8 +1,8 @@
 r"""Gated linear recurrences as Numba loops: the four lines of ``naive.recurrence``, forward and backward.
 
 The backward pass is the same four lines, derived by hand and walked in reverse.  Heads and sequences are
-independent, so they run in parallel.  A head's state stays in the core's own cache for the whole window, so
-the loop is also the fastest CPU path for the small models of this book.
+independent, so they run in parallel.  A head's state stays in its core's cache for the whole window, so the
+loop is also the fastest CPU path for the small models of this book.
 """
 
 import numpy as np
@@ -52,7 +52,7 @@ def _forward(first, last, q, k, v, g, beta, scale, delta, S, o, u, starts):
 
 @numba_kernel
 def _backward(first, last, q, k, v, g, beta, scale, delta, S, u, starts, do, dS, dq, dk, dv, dg, dbeta):
-    """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the first.
+    """Fill dq .. dbeta; turn dS (B, H, K, V) from the gradient of the last state into that of the initial.
 
     With P the state before a step and D the gradient of the one after it, both are swept twice: once for what
     du needs, once for what needs du.

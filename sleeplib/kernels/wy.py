@@ -1,7 +1,7 @@
 r"""The WY form of ``chunked.py`` on a CPU, with a backward pass derived by hand.
 
-Products are PyTorch's; what lies between them is done in loops, and nothing of a chunk is kept but the state
-before it and its errors E.  In a chunk of C tokens let alpha be the decays, ``a_i = alpha_1 .. alpha_i`` and,
+The products are PyTorch's, and loops do what lies between them; of a chunk only the state before it and its
+errors E are kept.  In a chunk of C tokens let alpha be the decays, ``a_i = alpha_1 .. alpha_i`` and,
 for j <= i, ``D_ij = alpha_(j+1) .. alpha_i``; Q stands for the queries times `scale`::
 
     L = strictly lower part of D * K K^T,   P = lower part of D * Q K^T
@@ -73,7 +73,7 @@ def _decay(first, last, D, LP, delta):
 
 @numba_kernel
 def _solve(first, last, v, beta, start, delta, answers, D, a, LP, E, U, left, o):
-    """From answers (n, 2 C, V) = [K; Q] S, token by token, fill E, U and left = D_C U (n, C, V), and o."""
+    """From answers (n, 2 C, V) = [K; Q] S fill E, U, left = D_C U (n, C, V each) and o, token by token."""
     (_, C, V), H = U.shape, v.shape[2]
     for n in range(first, last):
         b, h = n // H, n % H
@@ -130,12 +130,12 @@ def _gather_rows(first, last, do, start, D, X, dU):
 
 @numba_kernel
 def _decay_backward(first, last, KQ, S, dS, start, delta, D, a, LP, X, dKS, dLP, dKQ, dg):
-    """From dLP = X U^T, dKS = U dS'^T and dKQ = X S^T what decays did: finish dLP, dKQ and dg, decay X.
+    """Put the decays into dLP = X U^T, dKS = U dS'^T and dKQ = X S^T: finish dLP, dKQ and dg, decay X.
 
     Numbers above the diagonals become 0.
     """
     (_, C, K), H, zero = dKS.shape, dg.shape[2], KQ.dtype.type(0)
-    sums = np.empty(C, KQ.dtype)  # a token's are of what its decay took part in, so nothing has to cancel
+    sums = np.empty(C, KQ.dtype)  # for each token, of all that its decay took part in: nothing has to cancel
     for n in range(first, last):
         b, h, total = n // H, n % H, zero
         for i in range(K):
@@ -223,7 +223,7 @@ def _go_back(ctx, do, dS):
 
 
 def _chunk(q, k, g, start, scale, delta):
-    """Of a chunk [K; Q], D, a and [L; P], for every sequence and head."""
+    """[K; Q], D, a and [L; P] of a chunk, for every sequence and head."""
     (B, _, H, K), C = q.shape, min(CHUNK, q.shape[1] - start)
     KQ, D, a = (q.new_empty(B * H, *size) for size in ((2 * C, K), (C, C), (C,)))
     launch(_gather, B * H, q, k, g, start, scale, KQ, D, a)

@@ -1,4 +1,4 @@
-"""The tasks of the paper and one of memory alone: what is read, what is asked, an independent solver."""
+"""The tasks of the paper, one of memory alone, each with a solver of its own; and any of them as text."""
 
 from .base import Batch, Task, score
 from .depo import Depo

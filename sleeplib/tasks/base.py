@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     labels : torch.Tensor of int64, shape (B, T)
         The answer wanted at each position, -100 where nothing is asked.
     groups : torch.Tensor of int64, shape (B, T), or None
-        What scores are split by (hops, operations).
+        What scores are split by: hops, operations, naps.
 
     Notes
     -----
@@ -50,7 +50,7 @@ class Task(Protocol):
     window : int
         L, tokens between naps.
     length : int
-        T, tokens in a sequence: every batch has so many.
+        T, tokens in a sequence, the same in every batch.
 
     Notes
     -----
@@ -63,8 +63,8 @@ class Task(Protocol):
     - All rows are asked something in the same windows, and every batch in the same windows as the first one.
     - ``groups``, if not None, holds an integer for each label: what scores are split by.
     - `score` and `chance` have the same keys: loss, token, exact, and exact/<group>, loss/<group>.
-    - ``solve(inputs)``, labels from the visible tokens alone, is not needed for training.  Write one all the
-      same: it tells a wrong generator from a hard task.
+    - ``solve(inputs)``, which gives labels from the visible tokens alone, is not needed for training.  Write
+      one all the same: it tells a wrong generator from a hard task.
     - To be kept in a run record a task is a frozen dataclass whose fields are plain data.
 
     Chapter: 11_rule110
@@ -82,7 +82,7 @@ class Task(Protocol):
         """Score logits (B, T, vocab), or (labels, vocab), on a batch: dict of str to float."""
 
     def chance(self):
-        """The score of the best answer that ignores the context: dict of str to float."""
+        """The score of an answer that uses little of the context or none of it: dict of str to float."""
 
 
 class ContextTask:
@@ -107,7 +107,7 @@ class ContextTask:
         return score(logits, batch)
 
     def check_asked(self, position):
-        """Raise ValueError if a question at this point is asked of a stream that was read in part.
+        """Raise ValueError if a stream was read in part only, or too far, for a question at this point.
 
         Parameters
         ----------
@@ -123,7 +123,7 @@ class ContextTask:
             )
 
     def _check_inputs(self, inputs):
-        """Return `inputs` as an int64 tensor on the CPU, or raise unless they are tokens (B, T)."""
+        """Return `inputs` as an int64 tensor on the CPU, and raise unless they are tokens (B, T)."""
         try:
             inputs = torch.as_tensor(inputs).to_dense().cpu()
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # the last by device meta

@@ -22,7 +22,7 @@ def check_task(task, count=8):
     Raises
     ------
     TypeError, ValueError
-        In words: what is missing, or does not fit.
+        Says in words what is missing or does not fit.
 
     Notes
     -----

@@ -11,7 +11,7 @@ from ..checks import integer
 from .base import IGNORE, Batch, ContextTask, check_batch_request, check_pair
 
 HELD_OUT = 8  # one cycle in HELD_OUT belongs to the test split
-TRIES = 2000  # cycles drawn one after another, none in the wanted split, before it is found empty
+TRIES = 2000  # cycles drawn in a row with none in the wanted split, before that split is found empty
 SCARCE = 0.02  # least chance of hitting a name that is left over when the last node draws
 SAMPLE, BUDGET = 4096, 2**19  # cycles that chance is estimated from, and nodes that it may draw
 
@@ -21,15 +21,15 @@ class Depo(ContextTask):
     """The k-hop task of section 6.2, after Depo1 of Physics of Language Models, part 4.1.
 
     A directed cycle is shown as its edges, source then destination, shuffled; padding on the left fills the
-    context.  Then come queries.  With the cycle n1 -> n3 -> n2 -> n1 and names of one token, asked for
-    two hops from n3::
+    context.  Then come queries.  With the cycle n1 -> n3 -> n2 -> n1, names of one token and a query for two
+    hops from n3::
 
         context   <pad> <pad> N2 N1 N3 N2 N1 N3
         query     <2> N3 <answer> N1              n3 -> n2 -> n1
         label      .  .   N1      .
 
-    A name is a word: tokens ``n..`` that say more follows, then one ``N..`` that ends it.  Only the answer's
-    tokens are labels, each at the position before its own.
+    A name is a word: tokens ``n..``, each of which says that more follows, then one ``N..`` that ends it.
+    Only the answer's tokens are labels, each at the position before its own.
 
     Parameters
     ----------
@@ -39,21 +39,21 @@ class Depo(ContextTask):
     hops : int
         Most hops K.  In training k is uniform on 1 .. K; at test a power of two.
     letters : int
-        Each token of a name is one of so many, twice: to go on, and to end.
+        How many tokens there are to go on in a name, and as many again to end one.
     word : (int, int)
         Fewest and most tokens of a name; the number is drawn evenly.
     queries : int
         Queries in a sequence, with distinct starts: ``min(n, queries)`` of them.
     windows : int
-        How many windows the context is torn into.
+        How many windows the context is cut into.
     fewest : int
         Fewest nodes of a cycle in training.
 
     Notes
     -----
     Our readings: no token marks the beginning, ``<answer>`` itself is not a label, and names are those of
-    Depo1.  Queries that do not fit into one window go on in the next; none is torn.  A cycle is held out or
-    not by a hash of its edges, one in eight.
+    Depo1.  Queries that do not fit into one window go on in the next; no query is split.  A hash of its
+    edges says whether a cycle is held out: one in eight is.
 
     Chapter: 12_depo
     """
@@ -214,7 +214,7 @@ class Depo(ContextTask):
             return rng.integers(0, self.letters**lengths), lengths
 
         ids, lengths = draw((count, self.nodes))
-        rows = np.arange(count)  # those where two nodes may have one name
+        rows = np.arange(count)  # those in which two nodes may share a name
         while True:
             keys = ids[rows] * (high + 1) + lengths[rows]
             order = keys.argsort(axis=1, kind="stable")
@@ -278,7 +278,7 @@ class Depo(ContextTask):
                 start += (text,)
 
     def chance(self):
-        """Score on the test split of a guess among the cycle's nodes, the start left out.
+        """Score on the test split of a guess among the nodes: not the start, unless k hops end there.
 
         Returns
         -------
@@ -316,7 +316,7 @@ def _in_split(ids, sizes, split):
 @lru_cache
 def _chance(task):
     rng, count = np.random.default_rng(12), min(SAMPLE, BUDGET // task.nodes)
-    # The split says nothing about the names, and drawing large rings of one split takes eight times as long.
+    # The split says nothing about the names, and drawing only held-out rings takes eight times as long.
     _, words, lengths = task._cycles(count, rng, "test" if count == SAMPLE else None)
     n, rows = task.nodes, np.arange(count)
     size = float(lengths.mean())  # labels an answer

@@ -14,7 +14,7 @@ def _leave_ctrl_c_to_the_run(worker):
 
 
 class _Steps(IterableDataset):
-    """The batches of a run from one step on; of W workers each draws every W-th."""
+    """The batches of a run from one step on; each of W workers draws every W-th."""
 
     def __init__(self, task, count, seed, start, split):
         self.task, self.count, self.seed, self.start, self.split = task, count, seed, start, split
@@ -35,12 +35,13 @@ def stream(task, count, seed, *, start=0, split="train", workers=0):
     count : int
         B.
     seed : int or sequence of int
-        Batch number `step` comes from ``numpy.random.default_rng([*seed, step])``, for any `workers`.
+        Batch number `step` comes from ``numpy.random.default_rng([*seed, step])`` (an int is a sequence of
+        one), whatever `workers` is.
     start : int
         Step of the first batch.
     split : {"train", "test"}
     workers : int
-        Processes that draw; 0 draws when asked.
+        Processes that draw ahead; with 0 a batch is drawn when it is asked for.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from .base import IGNORE, Batch, ContextTask, check_batch_request
 
 @dataclass(frozen=True)
 class Recall(ContextTask):
-    """How long does a memory last?  Each window shows some pairs, and groups say how many naps ago.
+    """How long does a memory last?  Each window shows some pairs; groups say how many naps ago one was read.
 
     With two windows of two pairs, and two questions::
 
@@ -33,7 +33,8 @@ class Recall(ContextTask):
     Notes
     -----
     Not a task of the paper.  There is nothing to work out: it measures memory alone.  Both splits draw from
-    all sequences, which are too many to meet one twice: every one gives its keys new values.
+    all sequences, which are too many to meet one twice, unless the settings are tiny: each sequence gives its
+    keys new values.
 
     Chapter: 15_argument
     """
@@ -87,7 +88,7 @@ class Recall(ContextTask):
         return Batch(*map(torch.from_numpy, (inputs, labels, groups)))
 
     def solve(self, inputs):
-        """Labels from the visible tokens (B, T) alone; a ValueError where a key was never shown."""
+        """Labels from the visible tokens (B, T) alone; raise ValueError if a key was never shown."""
         inputs = self._check_inputs(inputs)
         labels = torch.full_like(inputs, IGNORE)
         for row, answers in zip(inputs.tolist(), labels):
@@ -99,7 +100,7 @@ class Recall(ContextTask):
         return labels
 
     def chance(self):
-        """Score of any fixed answer: dict of str to float."""
+        """Score of a guess that gives all values equal odds: dict of str to float."""
         loss, token = math.log(self.values), 1 / self.values
         scores = {"loss": loss, "token": token, "exact": token**self.queries}
         for group in range(1, self.windows + 1):

@@ -12,7 +12,7 @@ from .base import IGNORE, Batch, ContextTask, check_batch_request
 from .rollouts import rule110_rollout
 
 HELD_OUT = 8  # one ring in HELD_OUT belongs to the test split
-SAMPLE, BUDGET = 1_000_000, 10**9  # rings that chance is estimated from, and ring steps that it may take
+SAMPLE, BUDGET = 1_000_000, 10**9  # rings that chance is estimated from; limit on rings times steps
 
 
 def _in_split(rows, width, split):
@@ -30,7 +30,7 @@ def _in_split(rows, width, split):
 class Rule110(ContextTask):
     """The automaton task of section 6.1.
 
-    A ring of `width` cells is one token a cell.  After `strings` rings the model is asked for the first cell
+    A ring is `width` tokens, one for each cell.  After `strings` rings the model is asked for the first cell
     of each after `steps` steps, teacher-forced.  With two rings of four cells and one step::
 
         position   0 1 2 3   4 5 6 7   8         9
@@ -48,8 +48,8 @@ class Rule110(ContextTask):
 
     Notes
     -----
-    Rings are split by a hash of their cells: one in eight is never seen in training.  Rings of fewer than
-    eight cells are too few to split; there both splits draw from all.
+    Rings are split by a hash of their cells: one in eight is never seen in training.  There are too few rings
+    of fewer than eight cells to split; of those both splits draw from all.
 
     Chapter: 11_rule110
     """
@@ -159,7 +159,7 @@ class Rule110(ContextTask):
         Returns
         -------
         dict of str to float
-            ``loss``, ``token`` and ``exact``, over the test split: counted over every ring up to 16 cells,
+            ``loss``, ``token`` and ``exact``, over the test split: counted over all its rings up to 16 cells,
             else estimated from a fixed sample: a million rings, fewer where `steps` is above 1,000.
         """
         return dict(_chance(dataclasses.replace(self, strings=1), self.strings))

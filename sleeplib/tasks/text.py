@@ -14,9 +14,9 @@ SAMPLE = 2048  # sequences that chance is estimated from
 
 @dataclass(frozen=True)
 class Text(ContextTask):
-    """Every next token is a label, those of the answers too, and all of it is read awake, in one window.
+    """Every next token is a label, those of the answers too, and all is read awake, in one window.
 
-    With a sequence of another task, of which it is said that the answer is 3::
+    With a sequence of another task, whose label says that the answer is 3::
 
         that task's input   <pad> What is X ? X equals 3 . <answer>
         its label             .    .   .  . . .    .   . . 3
@@ -26,12 +26,12 @@ class Text(ContextTask):
     Parameters
     ----------
     of : ContextTask
-        The task whose sequences are read; a frozen dataclass.
+        The task whose sequences are read: a frozen dataclass, and not a Text.
 
     Notes
     -----
     Padding is no label.  Groups are 1 at the task's own labels and 0 elsewhere, so that ``exact/1`` says how
-    many answers a model gets right that still has the whole text in its cache.
+    many answers a model gets right with the whole text in its cache.
 
     Chapter: 16_pretrained
     """
@@ -65,7 +65,7 @@ class Text(ContextTask):
         return Batch(inputs, labels, torch.where(labels == IGNORE, IGNORE, asked.long()))
 
     def chance(self):
-        """Score of a guess by how common each token is, in the text and among the answers: dict of float."""
+        """Score of a guess by how common each token is, in the text or among the answers: dict of float."""
         return dict(_chance(self))
 
 

@@ -12,7 +12,7 @@ from .problem import draw_bare, draw_until
 
 MODES = ("forward", "reverse")
 LEVELS = ("medium", "hard")
-SAMPLE, BUDGET = 300, 4800  # held-out problems for each mode and op count at most, and in all
+SAMPLE, BUDGET = 300, 4800  # most held-out problems, for each mode and op count and in all
 
 
 def target_words(task, problem):

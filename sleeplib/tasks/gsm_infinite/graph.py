@@ -117,7 +117,7 @@ def grow(draw, ops, instances, abstract):
     """Formulas of a random query and of all that it needs, whose degrees sum to `ops`; None if it fails.
 
     Each parameter that waits for its formula has one operation set aside for it.  A formula only needs
-    parameters that have none yet, so read backwards the formulas are in topological order.
+    parameters that have no formula yet, so in reverse the formulas are in topological order.
     """
     query = draw.choice(list(abstract) if draw.random() < 0.5 else instances)
     formulas, waiting = {}, []
@@ -187,7 +187,7 @@ def draw_core(draw, ops, mode, level, places, kinds, max_value):
 
 
 def hide(leaf, formulas):
-    """Linear forms of all parameters with x for one leaf; None unless the last is linear in x."""
+    """Linear forms of all parameters with x for one leaf; None unless all are linear, the last with an x."""
     forms = {}
     try:
         for node, formula in formulas.items():
@@ -204,9 +204,9 @@ def _numbers(forms):
 
 
 def draw_formula(draw, pools, values, max_value):
-    """A formula and its value for a parameter that nothing asks for, from 1 to 4 that are already known.
+    """A formula and its value for a parameter that nothing asks for, from at most 4 that are already known.
 
-    `pools` are lists of known parameters; each dependency comes from a random one.
+    `pools` are lists of known parameters; each dependency comes from a random list.
     """
     for _ in range(TRIES):
         form, count = SHAPES[int(draw.random() * len(SHAPES))]

@@ -110,7 +110,7 @@ def sentence(theme, node, formula):
 
 
 def hidden(theme, node):
-    """The sentence that stands in the place of a hidden constant."""
+    """The sentence that stands in for a hidden constant."""
     return f"T{phrase(theme, node)[1:]} exists and is greater than 0."
 
 
@@ -141,7 +141,7 @@ def vocabulary(themes, levels, modes, places, kinds, noise, max_value, solution)
 
 
 def trace(theme, formulas, forms, query=None, value=None):
-    """The solution in words: one line a parameter, in an order in which they can be worked out.
+    """The solution in words: one line for each parameter, in an order in which they can be worked out.
 
     With a hidden constant ``x`` the lines carry linear forms, and the last solves ``form = value``.
     """

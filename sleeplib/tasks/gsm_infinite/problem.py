@@ -11,7 +11,7 @@ from .graph import Core, draw_constant, draw_core, draw_formula, evaluate
 from .language import THEMES, WORDS, Formula, Node, hidden, question, sentence, trace
 
 HELD_OUT = 8  # one bare problem in HELD_OUT belongs to the test split
-TRIES = 5000  # draws for one problem before the settings are found impossible
+TRIES = 5000  # draws for one problem before its settings are called impossible
 REASONS = {
     "ops": "ops: {ops} operations do not fit into a structure of places={task.places}, kinds={task.kinds}",
     "mode": "ops: {ops} operations in reverse mode leave no constant to hide",
@@ -97,7 +97,7 @@ def count_words(text):
 
 
 def draw_bare(draw, task, split, *, mode, ops, level, theme, count):
-    """A bare problem, or the name of the setting that this draw did not meet."""
+    """Draw a bare problem; return it, or the name of the setting that this draw did not meet."""
     names = THEMES[theme]
     pools = (task.places[0], names.places[: task.places[1]]), (task.kinds[0], names.kinds[: task.kinds[1]])
     core = draw_core(draw, ops, mode, level, *pools, task.max_value)
@@ -170,9 +170,9 @@ def add_distractors(draw, task, bare, *, level, count):
 
 
 def draw_problem(draw, task, split, *, mode, ops, level, theme, count):
-    """A whole problem, or the name of the setting that this draw did not meet.
+    """Draw a whole problem; return it, or the name of the setting that this draw did not meet.
 
-    `count` gives the tokens of a sentence.
+    `count` maps a text to its number of tokens.
     """
     bare = draw_bare(draw, task, split, mode=mode, ops=ops, level=level, theme=theme, count=count)
     if isinstance(bare, str):
@@ -194,7 +194,7 @@ def draw_until(draw_one, draw, task, split, *, ids=None, tries=TRIES, ops, **cel
     Raises
     ------
     ValueError
-        After `tries` draws, with the setting that stopped those that came furthest.
+        After `tries` draws, naming the setting that comes last in ``REASONS`` among those that stopped one.
     """
     count = (lambda text: len(ids(f" {text}"))) if ids else count_words
     reasons = Counter()

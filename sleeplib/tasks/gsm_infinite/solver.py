@@ -1,4 +1,4 @@
-"""Solves a problem from its text.  Knows the English of the sentences, shares nothing with the generator."""
+"""A solver of problems in words: it knows their English and shares nothing with the generator."""
 
 from fractions import Fraction
 

@@ -17,7 +17,7 @@ from .solver import solve_text
 from .tokens import padding, reader
 
 BOUNDS = {"ops": (1, 30), "tokens": (1, 1_000_000), "places": (1, 8), "kinds": (1, 8), "noise": (0, 24)}
-LINE, EDGE = 18, 8  # tokens of a solution: at most so many for a parameter and for an edge
+LINE, EDGE = 18, 8  # most tokens that a parameter and an edge take in a solution
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class GSMInfinite(ContextTask):
     solution : bool
         Whether to ask for the steps before the answer.
     places, kinds : tuple of (int, int)
-        Fewest and most places and kinds in the structure graph, at most 8.
+        Fewest and most places in the structure graph, and kinds that these draw from, at most 8.
     noise : tuple of (int, int)
-        Names of places and of kinds that distractors are about, at most 24 each.
+        How many names of places and of kinds distractors are about, at most 24 each.
     max_value : int
         No number of a problem is larger, 4 to 1000.
 
@@ -74,12 +74,12 @@ class GSMInfinite(ContextTask):
     Notes
     -----
     The op count is the number of edges of the graph that the query hangs on: a parameter adds one for each
-    that its formula needs and one for a constant drawn at random; an abstract parameter adds all the counts
+    other that its formula needs and one for a constant drawn at random; an abstract one adds all the counts
     of its place, and twice as many where it sums counts times averages.  A formula is a constant from 1 to 4,
     another parameter, "c more than" or "c times" one, the difference of two or the sum of two to four.  Our
-    readings: the copy of one parameter is a formula of one edge (else two operations would be a total or
-    nothing), level "hard" also has totals of things, and a query is abstract half of the time.  Draws that do
-    not meet the op count, the length or the range of values are drawn again.
+    readings: the copy of one parameter is a formula of one edge (else only a total could have two
+    operations), level "hard" also has totals of things, and a query is abstract half of the time.  Draws that
+    do not meet the op count, the length or the range of values are drawn again.
 
     Each number is one token, so that an answer is one label and ``exact`` needs no decoding; a smaller
     `max_value` keeps a small vocabulary.  The split depends on the problem without its distractors, in any
@@ -219,8 +219,8 @@ class GSMInfinite(ContextTask):
         rng : numpy.random.Generator
         split : {"train", "test"}
         tokenizer : object, optional
-            Default: the closed vocabulary.  With another T is ``tokens[1]`` and as many more as the mark and
-            the longest answer of the batch take; padding is the tokenizer's own, its end of text, or 0.
+            Default: the closed vocabulary.  With another, T is ``tokens[1]`` plus what the mark and the
+            longest answer of the batch take, less one; padding is the tokenizer's own, its end of text, or 0.
 
         Returns
         -------

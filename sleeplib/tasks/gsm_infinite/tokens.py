@@ -11,7 +11,7 @@ def reader(tokenizer, words):
     tokenizer : object
         With ``encode(text)``, as in transformers, tokenizers, sentencepiece and tiktoken, or a callable.
     words : iterable of str
-        Names that must stay apart, as must the constants.
+        Names that must differ in tokens, as the constants must.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def reader(tokenizer, words):
 def padding(tokenizer, alone=False):
     """The id of padding: the tokenizer's own, or its end of text, or 0, which is ours.
 
-    With `alone`, for texts in which an end is to be read, the tokenizer's own if it is nothing else, or None.
+    With `alone`, where an end of text is to be read too: the tokenizer's own if it is not the end, or None.
     """
     ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     own, end = (i if isinstance(i, int) else None for i in ids)
