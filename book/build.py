@@ -1,7 +1,7 @@
 """Build the chapters: book/src/NN_topic.md (edited) becomes book/NN_topic.ipynb (executed, committed).
 
-A notebook is a function of its source, of sleeplib and of the machine: ids, counts and metadata carry no
-chance and no time, so that building twice gives the same bytes.
+A notebook is a function of its source, of sleeplib and of the machine: ids, counts and metadata hold nothing
+random and no times, so that building twice gives the same bytes.
 """
 
 import argparse
@@ -74,18 +74,18 @@ def assemble(source):
 
 
 def inputs(notebook):
-    """What a chapter's source decides: type, text and metadata of each cell."""
+    """What the source of a chapter determines: type, text and metadata of each cell."""
     return [(c.cell_type, c.source, {k: v for k, v in c.metadata.items() if v}) for c in notebook.cells]
 
 
 def is_current(source):
-    """Whether the notebook exists and was built from this very source."""
+    """Whether the notebook exists and was built from the source as it is now."""
     path = target(source)
     return path.exists() and inputs(nbformat.read(path, as_version=4)) == inputs(assemble(source))
 
 
 def peak_mib(pid):
-    """Peak memory of a running process in MiB, where /proc says it; else None."""
+    """Peak memory of a running process in MiB, or None where /proc does not say."""
     try:
         return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
     except (OSError, TypeError):
@@ -108,7 +108,7 @@ def execute(notebook):
 
 
 def normalise(notebook):
-    """Remove chance and time from an executed notebook."""
+    """Remove what is random, and times, from an executed notebook."""
     count = 0
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -122,7 +122,7 @@ def normalise(notebook):
                 output.execution_count = count
     notebook.metadata.pop("language_info", None)
     notebook.metadata.language_info = {"name": "python"}
-    # Widget ids are numbered in the order in which they were made; only later are keys sorted.
+    # Widget ids are numbered in the order in which they were made, before keys are sorted.
     text = json.dumps(notebook, ensure_ascii=False)
     identities = re.findall(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", text)
     for number, identity in enumerate(dict.fromkeys(identities)):
@@ -132,7 +132,7 @@ def normalise(notebook):
 
 
 def join_streams(outputs):
-    """Join neighbouring pieces of one stream: where the kernel cuts them is chance."""
+    """Join neighbouring pieces of one stream: where the kernel cuts it is a matter of chance."""
     joined = []
     for output in outputs:
         last = joined[-1] if joined else {}
@@ -144,7 +144,7 @@ def join_streams(outputs):
 
 
 def write(notebook, path):
-    """Write a notebook whole or not at all."""
+    """Write a notebook whole or not at all; not if it names a folder of this machine, or is too large."""
     content = nbformat.writes(notebook).rstrip("\n") + "\n"
     if str(ROOT) in content or str(Path.home()) in content:
         raise ValueError(f"{path.name}: an output names a folder of this machine")
@@ -173,7 +173,7 @@ def build(source):
 def main(arguments=None):
     """Build what changed; with ``--check``, only say what would be built."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("chapters", nargs="*", help="such as 08_sleep; every chapter if absent")
+    parser.add_argument("chapters", nargs="*", help="such as 08_sleep; if absent, every chapter")
     parser.add_argument("--all", action="store_true", help="also those whose source did not change")
     parser.add_argument("--check", action="store_true", help="execute nothing; exit with 1 if a pair differs")
     options = parser.parse_args(arguments)

@@ -1,14 +1,14 @@
 """The one parser of exercises: for the book's chapters, the handouts of the course, and the graders.
 
-An exercise is a row of code cells, told apart by a tag, in this order:
+An exercise is a series of code cells, told apart by their tags, in this order:
 
     exercise-stub      def NAME(...): what the reader fills in
-    exercise-check     def check_NAME(answer): asserts, all of them public; then report(check_NAME, NAME)
+    exercise-check     def check_NAME(answer): asserts that the reader sees; then report(check_NAME, NAME)
     exercise-hidden    def hidden_NAME_ASPECT(answer, rng): asserts on hidden inputs (none, one or several)
-    exercise-solution  def NAME_solution(...): the same, done
-    exercise-mistake   def NAME_mistake...(...): what one may well write (one or several)
+    exercise-solution  def NAME_solution(...): the function, filled in
+    exercise-mistake   def NAME_mistake...(...): what one might well write instead (one or several)
 
-What checks need is defined in cells tagged ``exercise-setup``: these alone are executed beside them.  Hidden
+What checks need is defined in cells tagged ``exercise-setup``: no other cells are executed for them.  Hidden
 checks, and the write-ups at the end of this file, occur in ``course/src`` only; course/README.md says how.
 """
 
@@ -117,7 +117,7 @@ def define(source, namespace, place):
 
 
 def setup(notebook, place="chapter"):
-    """A namespace with what the checks of a notebook need."""
+    """Make a namespace with what the checks of a notebook need."""
     namespace = {"__name__": place}
     for cell in tagged(notebook, "exercise-setup"):
         define(cell.source, namespace, place)
@@ -133,8 +133,8 @@ def generator(seed, name):
 def judge(exercise, answer, namespace, seed):
     """Put `answer` to every hidden check of an exercise, in the setup's `namespace`.
 
-    Returns name of the check -> None where it passed, else what was wrong.  `answer` is the function itself
-    or stands for one that runs elsewhere; the checks cannot tell.
+    Returns name of the check -> None if it passed, else what was wrong.  `answer` is the function itself or
+    stands for one that runs elsewhere; the checks cannot tell.
     """
     verdicts, namespace = {}, dict(namespace)
     for check in exercise.hidden:
@@ -148,7 +148,7 @@ def judge(exercise, answer, namespace, seed):
     return verdicts
 
 
-# Write-ups: Markdown cells whose metadata stand in a line above, +++ {"tags": [...], "label": ..., ...}
+# Write-ups: Markdown cells whose metadata stand in a line above: +++ {"tags": [...], "label": ..., ...}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class WriteUp:
 
 
 def write_ups(notebook):
-    """The write-ups of a notebook: label -> WriteUp.  A ValueError if one is not whole."""
+    """The write-ups of a notebook: label -> WriteUp.  A ValueError if one is incomplete."""
     kinds = ("prompt", "rubric", "exemplar")
     found = {}
     for cell in notebook.cells:
@@ -194,10 +194,10 @@ PRIVATE = ("exercise-hidden", "exercise-solution", "exercise-mistake", "writeup-
 
 
 def public_cells(notebook):
-    """The cells for students.  A ValueError at a cell of which it is not sure.
+    """The cells for students.  A ValueError at a cell that may be public or private.
 
-    Text right after a private cell explains it as a rule, so it must say so: tag ``instructor``, any public
-    tag, or a heading as its first line.
+    Text right after a private cell usually explains that cell, so it must say what it is: by the tag
+    ``instructor``, by any public tag, or by a heading as its first line.
     """
     shown, after_private = [], False
     for cell in notebook.cells:
@@ -217,7 +217,7 @@ def public_cells(notebook):
 
 
 def private_names(source):
-    """Names with a leading underscore that the text of a check takes from elsewhere; there should be none."""
+    """Names with a leading underscore that a check imports or looks up; there should be none."""
     tree = ast.parse(source)
     attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     imported = [

@@ -12,7 +12,7 @@ CLIP, ZERO = 0.6, ord("#") + LEVELS
 
 
 def letters(state):
-    """The fast weights of a state, all blocks (blocks, H, K, V) in order, as text: one character a number."""
+    """The fast weights of a state as text, one character a number: all blocks in order (blocks, H, K, V)."""
     S = torch.cat([S.flatten() for S in state.fast_weights if S is not None])
     return "".join(chr(ZERO + n) for n in (S / CLIP).clamp(-1, 1).mul(LEVELS).round().int().tolist())
 
@@ -25,7 +25,7 @@ def change(before, after):
 
 
 def answer(model, tokens, state, strings):
-    """Ask for every ring in turn, each answer fed back; the probability of a 1 for each."""
+    """Ask about every ring in turn, with each answer fed back; return the probability of a 1 for each."""
     shares = []
     for _ in range(strings):
         logits, _ = model(tokens, state)
@@ -51,7 +51,7 @@ def record():
             _, now = model(window[:, :t], state)
             moments.append(dict(kind="read", cache=t, S=letters(now), change=change(last, now)))
             last = now
-        last = state  # the change of a pass is that of a whole window
+        last = state  # the change in a pass is counted over the whole window
         for n in range(1, PASSES + 1):
             now = sl.sleep(model, window, state, passes=n)
             kind = "read" if n == 1 else "pass"

@@ -1,7 +1,7 @@
 """Run what a chapter quotes but is too long for its page: ``python book/record.py 06_hybrid``.
 
 The chapter's cells tagged ``exercise-setup`` define ``record()``, which takes minutes and returns plain data.
-Its result goes to ``data/chapters/<chapter>.json``, with what ran it.  A second one has a name of its own:
+Its result goes to ``data/chapters/<chapter>.json``, with what made it.  A second one has its own name:
 ``record.py 10_training precision`` calls ``record_precision()``, for ``10_training-precision.json``.
 The home page has no cells: its ``record()`` stands in intro.py.
 """
@@ -16,7 +16,7 @@ from sleeplib import records
 
 
 def setup_cells(chapter):
-    """What the setup cells of a chapter define, by name."""
+    """Execute the setup cells of a chapter; return what they define, by name."""
     (source,) = (s for s in sources() if s.stem == chapter)
     namespace = {"__name__": "chapter"}
     for cell in assemble(source).cells:
@@ -26,7 +26,7 @@ def setup_cells(chapter):
 
 
 def main(chapter, part=None):
-    """Execute the setup cells of one chapter, call its record(), or that of a part; write the file."""
+    """Execute the setup cells of a chapter, call its record() or that of a part, and write the file."""
     namespace = runpy.run_path(BOOK / "intro.py") if chapter == "intro" else setup_cells(chapter)
     commit, dirty = records.commit()
     called, name = ("record", chapter) if part is None else (f"record_{part}", f"{chapter}-{part}")

@@ -1,7 +1,7 @@
 """Make the notebooks that Colab, Kaggle, Binder and VS Code open: ``python book/runners.py``.
 
-``colab/NN_topic.ipynb`` says the same as ``book/NN_topic.ipynb``, in plain Markdown: there MyST's citations,
-links, exercises and boxes would show as raw text.  Checks, solutions and drawing code are folded.
+``colab/NN_topic.ipynb`` says the same as ``book/NN_topic.ipynb``, in plain Markdown: these programs would
+show MyST's citations, links, exercises and boxes as raw text.  Checks, solutions and drawing code are folded.
 """
 
 import re
@@ -42,7 +42,7 @@ FOLDED = {  # by tag, the first that fits
 
 
 class Converter:
-    """Turns MyST into plain Markdown, with the book's bibliography and addresses."""
+    """Turn MyST into plain Markdown, with the book's bibliography and addresses."""
 
     def __init__(self):
         repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
@@ -81,7 +81,7 @@ class Converter:
         return f"[{spoken(found[1])}]({self.base}/book/glossary.md)"
 
     def box(self, found):
-        """An admonition as a quotation, or, if it is folded on the page, as details."""
+        """An admonition as a quotation or, if it is folded on the page, as a ``<details>`` element."""
         head, options, body = found[1].strip(), found[2], self.inline(found[3].strip())
         if "dropdown" in options:
             return f"<details><summary><b>{head}</b></summary>\n\n{body}\n\n</details>"
@@ -94,7 +94,7 @@ class Converter:
         return re.sub(r"\{doc\}`([^`]*)`", self.link, text)
 
     def markdown(self, text):
-        """One cell of MyST in plain Markdown."""
+        """Turn one cell of MyST into plain Markdown."""
         text = re.sub(r"```\{exercise-start\} (.*)\n(?::.*\n)*```", r"### Exercise: \1", text)
         text = re.sub(r"````\{solution-start\}.*\n(?::.*\n)*````", "#### Solution", text)
         text = re.sub(r"`{3,4}\{(?:exercise|solution)-end\}\n`{3,4}", "", text)
@@ -102,7 +102,7 @@ class Converter:
         return self.inline(re.sub(box, self.box, text, flags=re.DOTALL)).strip()
 
     def __call__(self, source):
-        """The runner's notebook of a chapter's source."""
+        """Make the runner's notebook from a chapter's source."""
         notebook, cells, first = assemble(source), [], True
         code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
         setup = self.setup + (self.more if "import transformers" in code else "")
@@ -127,7 +127,7 @@ class Converter:
 
 
 def spoken(target):
-    """What a role shows: the text of ``text <target>``, the last name of ``~package.name``."""
+    """What a role shows: the text of ``text <target>``, or the last part of ``~package.name``."""
     if found := re.fullmatch(r"(.*?)\s*<[^>]*>", target, re.DOTALL):
         return found[1]
     return target.rpartition(".")[2] if target.startswith("~") else target
@@ -139,7 +139,7 @@ def title(text):
 
 
 def main():
-    """Write every runner, and remove those whose chapter is gone."""
+    """Write every runner notebook, and remove those whose chapter is gone."""
     convert = Converter()
     OUT.mkdir(exist_ok=True)
     for stray in {path.stem for path in OUT.glob("*.ipynb")} - {source.stem for source in sources()}:

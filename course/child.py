@@ -1,7 +1,7 @@
 """The student's side: runs a notebook's cells and then answers calls, as data.  Nobody believes what it says.
 
 ``python child.py FD SLEEPLIB [USER]``: FD is the socket to the grader, SLEEPLIB the folder to import sleeplib
-from, or empty where answers may not use it.  USER is whom to become where jail.py has not seen to it.
+from, or empty where answers may not use it.  USER is the user to become where jail.py has not done so.
 """
 
 import ast
@@ -14,16 +14,16 @@ import socket
 import sys
 import warnings
 
-# What a notebook allows beside Python: magics, shell commands, questions.
+# What a notebook allows besides Python: magics, shell commands, questions.
 NOT_PYTHON = re.compile(r"(\s*)(?:[%!?].*|[\w.]+\?{1,2}\s*|[\w., ]+=\s*[%!].*)$")
 
 
 def limit(megabytes, seconds):
-    """From here on: so much more memory, so much CPU time, no new process or thread, small files."""
+    """Allow from here on only so much more memory and CPU time, small files, and no new process or thread."""
     try:
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no Linux: the libraries' own share is guessed
+    except OSError:  # not Linux: the libraries' own share is guessed
         now = 8 << 30
     bounds = {
         "RLIMIT_AS": now + (megabytes << 20),
@@ -42,7 +42,7 @@ def limit(megabytes, seconds):
 
 
 def silence():
-    """What a submission prints goes nowhere, and nothing can be read from the keyboard."""
+    """Send what a submission prints nowhere, and let nothing be read from the keyboard."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
@@ -82,9 +82,10 @@ def runnable(source):
 
 
 def run_cells(cells, namespace, seconds, progress=lambda number: None):
-    """Run the cells in order; those that fail once more at the end.  Returns number -> what went wrong.
+    """Run the cells in order, and those that failed once more at the end, except where time ran out.
 
-    A name that several cells bind is the last one's, as where a notebook is run from top to bottom.
+    Returns number -> what went wrong.  A name that several cells bind belongs to the last of them, as when a
+    notebook is run from top to bottom.
     """
 
     def too_long(*_):
@@ -132,10 +133,10 @@ def main():
         import torch
 
         torch.set_num_threads(1)
-    if "matplotlib" in text:  # it starts a thread, which will not be allowed
+    if "matplotlib" in text:  # it starts a thread, which will not be allowed later
         import matplotlib.pyplot  # noqa: F401
     if user := "".join(sys.argv[3:]):
-        import numpy.random  # noqa: F401  which loads itself late, when its files may be out of reach
+        import numpy.random  # noqa: F401  it would load itself late, when its files may be out of reach
 
         os.setgroups([])
         os.setgid(int(user))
@@ -153,7 +154,7 @@ def main():
     wire.send(sock, wire.encode({"ready": True, "wrong": wrong}))
 
     def given(number):
-        """A function of the grader's: called there."""
+        """Stand for a function of the grader, which is called there."""
 
         def function(*args, **kwargs):
             wire.send(sock, wire.encode({"callback": number, "args": args, "kwargs": kwargs}))

@@ -13,7 +13,7 @@ pre { white-space: pre-wrap; background: #f2f2f2; padding: .5rem }
 
 
 def written(assignment, texts):
-    """The student's own words, label -> text, found by the mark that the handout puts before them."""
+    """The student's own words, label -> text, found by the marker that the handout puts before them."""
     found = dict.fromkeys(assignment.write_ups, "")
     for label in found:
         for text in texts:
@@ -33,12 +33,12 @@ def table(checks):
 
 
 def column(assignment, label, write_up):
-    """The head of a write-up's column in the table."""
+    """The heading of a write-up's column in the table."""
     return f"write-up {assignment.name} {label} (of {write_up.points})"
 
 
 def page(name, result, assignments, marked=None):
-    """The page of one submission; `marked` is column -> mark for what a person has marked already."""
+    """The page of one submission; `marked` is column -> mark, for what a person has already marked."""
     assignment = assignments.get(result["assignment"])
     title = f"{assignment.title}: {name}" if assignment else name
     body = [f"<h1>{escape(title)}</h1>"]

@@ -2,7 +2,7 @@
 
 Each notebook is judged by a process of its own, which runs the student's code in yet another one (runner.py).
 A result is a file of its own under OUT/results, written whole or not at all; what is there already, for the
-same submission, master and seed, is not done again.  So the command can be killed and repeated at any time.
+same submission, masters and seed, is not done again.  So the command can be killed and repeated at any time.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Refused(Exception):
 
 
 def read_cells(data):
-    """Texts of the code and of the Markdown cells of a notebook's bytes; its metadata do not matter."""
+    """Texts of the code cells and Markdown cells in a notebook's bytes; its metadata do not matter."""
     if len(data) > MOST:
         raise Refused(f"the file has more than {MOST >> 20} MiB; clear the outputs")
     try:
@@ -55,7 +55,7 @@ def read_cells(data):
 
 
 def belongs_to(code, assignments):
-    """The assignment that a notebook answers: the one of whose functions it names most."""
+    """The assignment that a notebook answers: the one that has most functions named in it."""
     named = set(re.findall(r"\w+", "\n".join(code)))
     counts = {name: len(named & set(a.exercises)) for name, a in assignments.items()}
     best = max(counts, key=counts.get)
@@ -111,7 +111,7 @@ def judge_into(path, data, key, assignments, seed):
     """Judge one submission and write its result; the whole life of one process."""
     runner.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run stops its judges itself
-    with suppress(OSError, ValueError):  # nor may what a student sends back fill the memory on this side
+    with suppress(OSError, ValueError):  # what a student sends back must not fill the memory on this side
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + (4 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -142,7 +142,7 @@ def key_of(data, assignments, seed):
 
 
 def finished(path, key):
-    """The result at `path` if it is there and still true, else None."""
+    """The result at `path` if it is there, still valid and not "not graded", else None."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -168,7 +168,7 @@ def grade(folder, out, seed, assignments, jobs=2, say=print):
         raise SystemExit(f"SUBMISSIONS: there is no .ipynb below {folder}")
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = exclusive(out)
-    by_hand(out / "marks.csv")  # now, and not after an hour, say if it cannot be read
+    by_hand(out / "marks.csv")  # if it cannot be read, say so now and not after an hour
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     isolation = runner.isolation()
     results, waiting, running, begin = {}, [], {}, time.monotonic()
@@ -219,7 +219,7 @@ def grade(folder, out, seed, assignments, jobs=2, say=print):
 
 
 def by_hand(path):
-    """The marks that a person has put into the table: submission -> write-up column -> mark."""
+    """The marks that a person has entered in the table: submission -> write-up column -> mark."""
     try:
         text = path.read_text(
             "utf-8-sig"
@@ -238,7 +238,7 @@ def by_hand(path):
 
 
 def report(results, assignments, out, isolation):
-    """Write marks.csv, with the marks by hand that are in it, and a feedback page for each submission."""
+    """Write marks.csv, keeping the marks by hand that are in it, and a feedback page for each submission."""
     used = [a for a in assignments.values() if any(r["assignment"] == a.name for r in results.values())]
     checks = [check.name for a in used for e in a.exercises.values() for check in e.hidden]
     hand = [feedback.column(a, label, w) for a in used for label, w in a.write_ups.items()]
@@ -261,7 +261,7 @@ def report(results, assignments, out, isolation):
 
 
 def plain(value):
-    """A cell that no spreadsheet takes for a formula."""
+    """The value as a cell that no spreadsheet takes for a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 

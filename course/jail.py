@@ -1,9 +1,9 @@
 """Give a student's process a world of its own: what `make grade` starts through ``unshare``.
 
 ``python jail.py SPEC``, as the first process of fresh namespaces (mount, network, processes, IPC).  It builds
-a root folder that holds, read-only, the system's programs, this Python, and what SPEC lists, beside an empty
-/tmp; goes there; starts the command without any privilege; and waits.  When it dies the kernel ends all the
-rest.  It never runs a line of a student's.
+a root folder that holds, read-only, the system's programs, this Python, and what SPEC lists, and an empty
+/tmp; goes there; starts the command without any privilege; and waits.  When it dies, the kernel ends all the
+rest.  It never runs a line of a student's code.
 """
 
 import json
@@ -21,7 +21,7 @@ def mount(*arguments):
 
 
 def show(root, path, read_only=True):
-    """Let `path` be seen below `root` at the same place."""
+    """Make `path` visible below `root`, at the same place."""
     path = Path(path)
     there = root / path.relative_to("/")
     if path.is_symlink():  # /bin -> usr/bin
@@ -62,7 +62,7 @@ def main(spec):
         command += [f"--reuid={spec['user']}", f"--regid={spec['user']}", "--clear-groups"]
     first = subprocess.Popen([*command, *spec["command"]], pass_fds=[spec["fd"]], env=spec["env"])
     os.close(spec["fd"])
-    while True:  # the first process of a namespace inherits orphans
+    while True:  # the first process of a namespace inherits orphans: reap them too
         pid, status = os.wait()
         if pid == first.pid:
             return os.waitstatus_to_exitcode(status)

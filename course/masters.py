@@ -1,4 +1,4 @@
-"""The masters of the course, course/src/aN_topic.md: read, and checked for what every one must have."""
+"""Read the masters of the course, course/src/aN_topic.md, and check them for what each must have."""
 
 import sys
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ SETTINGS = {
     "sleeplib": bool,  # whether answers may import the library
     "call": int,  # seconds that one call of an answer may take
     "total": int,  # seconds for the whole submission
-    "memory": int,  # MiB beyond what Python with its libraries has already
+    "memory": int,  # MiB beyond what Python with its libraries takes already
 }
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One master: `name` as the file's, its notebook without outputs, and what is read from it."""
+    """One master: its `name`, that of the file, its notebook without outputs, and what is read from it."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ def sources(folder=COURSE / "src"):
 
 
 def read(path):
-    """Read a master.  A ValueError, naming the file, where it does not keep to course/README.md."""
+    """Read a master.  It is a ValueError, naming the file, if it does not keep to course/README.md."""
     path = Path(path)
     try:
         head = yaml.safe_load(path.read_text().split("---\n")[1])

@@ -1,9 +1,9 @@
-"""The bug museum: rooms of planted faults, and whether a student's judge tells them from right code.
+"""The bug museum: rooms of planted faults, which a student's judge must tell from right code.
 
 The faults are those that keep the tests of this book honest (tests/mutants.py).  A judge is a function that
-gets an implementation, some functions that take and return plain data, and raises AssertionError if it
-finds it wrong.  So a fault stays on this side: a judge that runs elsewhere sees what the functions return.
-The implementation is the `Machine` of course/src/a7_museum.md; here it is put under a fault.
+gets an implementation (some functions that take and return plain data) and raises AssertionError if it
+finds it wrong.  So a fault stays on this side: a judge that runs elsewhere sees only what the functions
+return.  The implementation is the `Machine` of course/src/a7_museum.md; here a fault is planted in it.
 """
 
 import random
@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import mutants
 
-# Right code must be let through as it is, and wrapped in every place where a fault may sit.
+# Right code must be let through, both as it is and wrapped in every place where a fault may sit.
 RIGHT = (nullcontext, mutants.honest_scaffold)
-# How often: a judge that objects by chance would have to be lucky each time.
+# How often each is shown: a judge that objects by chance would have to be lucky each time.
 TIMES = 2
 ROOMS = {
     "rule": "decays_after_the_write reference_forgets_the_first_decay reference_has_a_wrong_gradient "
@@ -37,12 +37,12 @@ ROOMS = {room: faults.split() for room, faults in ROOMS.items()}
 
 
 def visit(judge, room, implementation, seed):
-    """Show a room to a judge, right code and faults, in an order that the seed draws.
+    """Show a judge a room, right code and faults, in an order drawn by the seed.
 
     ``implementation(room, context, seed, backend)`` gives what the judge gets; `context` plants the fault,
-    and of the room "rule" the `backend` says which code that is.  Returns {fault: None where it was found,
-    else a sentence}.  A judge that objects to right code finds nothing: whoever rejects everything would find
-    every fault.
+    and in the room "rule" `backend` says in which code.  Returns {fault: None where it was found, else a
+    sentence}.  A judge that objects to right code counts as finding nothing: else one that rejects
+    everything would find every fault.
     """
     draw = random.Random(int(seed))
     backends = ("reference", "chunked")
@@ -71,7 +71,7 @@ def visit(judge, room, implementation, seed):
 
 
 def tour(room, implementation):
-    """A function for the hidden checks of one room: ``expect(judge, rng, fault)``; the room is seen once."""
+    """A function for the hidden checks of one room, ``expect(judge, rng, fault)``; the room is shown once."""
     seen = {}
 
     def expect(judge, rng, fault):

@@ -1,7 +1,8 @@
-"""Make what is handed out: ``make student-release``, and with a seed ``make instructor-release SEED=...``.
+"""Make what is handed out: ``make student-release`` and, with a seed, ``make instructor-release SEED=...``.
 
-From each master: a handout, course/handouts/aN_topic.ipynb, which holds public cells only; the same as a zip;
-and, for the instructor, an autograder zip for Gradescope, made by otter.  Nothing of otter is in a handout.
+Each master gives a handout, course/handouts/aN_topic.ipynb, which holds public cells only; the same as a zip;
+and, for the instructor, a page for marking and an autograder zip for Gradescope, made by otter (except for
+the museum, which only make grade can judge).  Nothing of otter is in a handout.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def solved(assignment, notebook):
 
 
 def secrets(assignments):
-    """Lines that no student may read: those of private cells that are in no public one as well."""
+    """Lines that no student may read: those of more than 20 characters that are in private cells only."""
     private, shown = set(), ""
     for assignment in assignments:
         public = parser.public_cells(assignment.notebook)
@@ -168,7 +169,7 @@ def secrets(assignments):
 
 
 def leaks(data, private):
-    """The lines of `private` that are in some file of a zip."""
+    """The lines of `private` that occur in some file of a zip."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         texts = []
         for name in archive.namelist():
@@ -180,7 +181,7 @@ def leaks(data, private):
 
 
 def student_zip(assignment, notebook, private):
-    """The bytes of one assignment's zip.  A ValueError if a line of `private` is in it."""
+    """The bytes of one assignment's zip.  It is a ValueError if a line of `private` is in it."""
     buffer = io.BytesIO()
     needed = any(IMPORTS.search(cell.source) for cell in notebook.cells if cell.cell_type == "code")
     library = ' "git+{url}@{branch}"'.format(**REPOSITORY) if needed else ""
@@ -199,7 +200,7 @@ def student_zip(assignment, notebook, private):
 
 
 def marking(assignment):
-    """A page for who marks: the rubric, what each mistake loses, and the write-ups with sample answers."""
+    """A page for the marker: the rubric, what each mistake loses, and the write-ups with sample answers."""
     lines = [f"# Marking: {assignment.title}", "", f"{assignment.points} points by automatic checks."]
     for exercise in assignment.exercises.values():
         points = {check.name: check.points for check in exercise.hidden}
@@ -217,7 +218,7 @@ def marking(assignment):
 
 
 def otter_test(assignment, exercise, seed):
-    """A test file of otter's for one exercise, complete in itself."""
+    """One exercise as a test file for otter, complete in itself."""
     setup = [cell.source for cell in parser.tagged(assignment.notebook, "exercise-setup")]
     text = TEST.format(
         title=assignment.title,
@@ -232,7 +233,7 @@ def otter_test(assignment, exercise, seed):
 
 
 def autograder(assignment, seed, path):
-    """Write an autograder zip as Gradescope and ``otter.api.grade_submission`` take it."""
+    """Write an autograder zip that Gradescope and ``otter.api.grade_submission`` accept."""
     from otter.generate import main as generate
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """The grader's side: a student's notebook in a process of its own, and its functions as if they were here.
 
-How far apart the process is depends on the system; ``isolation()`` says it.  What comes back is data only,
-and it is judged here, so that nothing over there can raise a mark but a right answer.
+How well the process is isolated depends on the system; ``isolation()`` says how.  What comes back is data
+only, and it is judged here, so that nothing over there but a right answer can raise a mark.
 """
 
 import ctypes
@@ -28,24 +28,24 @@ NOBODY = 65534
 SCRATCH = 64  # MiB of files
 START = 180  # seconds for the libraries to load, before any line of a student's runs
 CALLBACK = 1 << 20  # bytes that a student's code may send to a function of the grader's
-SERVE = 300  # seconds that a submission may keep such functions busy, which is not its own time
+SERVE = 300  # seconds that a submission may keep such functions busy; they do not count as its own
 
 
 class Failed(Exception):
-    """The student's function raised something, or is not there."""
+    """The student's function raised an exception, or does not exist."""
 
 
 class Ended(Exception):
-    """The student's process is gone, or was ended since it took too long."""
+    """The student's process is gone, or was ended because it took too long."""
 
 
 class Broken(BaseException):
-    """The grader itself does not work.  No check may take this for a wrong answer."""
+    """The grader itself has failed.  No check may take this for a wrong answer."""
 
 
 @functools.cache
 def isolation():
-    """ "full" where namespaces can be had (Linux), else "weak"."""
+    """Say "full" where namespaces can be had (Linux), else "weak"."""
     with tempfile.TemporaryDirectory() as root:
         try:
             with Pupil.process(["true"], root=root) as process:
@@ -60,16 +60,16 @@ def die_with_parent():
 
 
 def environment(folder):
-    """Nothing of the grader's own environment, where seeds and passwords may stand."""
+    """A new environment with nothing from the grader's own, where seeds and passwords may stand."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     own = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), str(folder))
-    # kernels would be compiled anew for everybody, which takes longer than plain PyTorch at our sizes
+    # kernels would be compiled anew for each process, which takes longer than plain PyTorch at our sizes
     plain = {"LC_ALL": "C.UTF-8", "MPLBACKEND": "Agg", "SLEEPLIB_NUMBA": "0"}
     return {"PATH": "/usr/local/bin:/usr/bin:/bin", **plain, **one, **own}
 
 
 def shown(library):
-    """Files and folders that a submission may read beside the system's; `library`: sleeplib among them."""
+    """Files and folders that a submission may read besides the system's; with `library`, sleeplib too."""
     paths = [str(COURSE / name) for name in ("child.py", "wire.py")]
     paths += [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parent)]
     paths += [str(Path(sys.prefix).resolve())]  # .venv may be a link to a larger disk
@@ -81,7 +81,7 @@ def shown(library):
 
 
 def readable(path):
-    """Whether submissions could read `path` all the same, since it lies in a folder that they need."""
+    """Whether submissions could read `path` despite the isolation, because they need a folder around it."""
     path = Path(path).resolve()
     return any(path.is_relative_to(place) for place in ("/usr", *shown(True)))
 
@@ -119,7 +119,7 @@ class Pupil:
         self.left = settings["total"]  # seconds of the student's own time
         self.service = SERVE
         self.wrong = {}  # number of a cell -> what went wrong in it
-        self.dead = None  # why it cannot be started
+        self.dead = None  # why the notebook cannot be loaded
         self.process = self.sock = None
 
     @staticmethod
@@ -166,7 +166,7 @@ class Pupil:
         )
 
     def start(self):
-        """Start the process and load the notebook; Ended if that cannot be done."""
+        """Start the process and load the notebook; Broken if it does not start, Ended if it does not load."""
         if self.dead:
             raise Ended(self.dead)
         self.folder = tempfile.mkdtemp(prefix="pupil-")
@@ -215,7 +215,7 @@ class Pupil:
             self.process = self.sock = None
 
     def receive(self, seconds, function=None, limit=wire.LIMIT):
-        """The next message, or Ended."""
+        """Return the next message; raise Ended if there is none in time."""
         deadline = time.monotonic() + seconds
         sock = self.sock
 
@@ -294,7 +294,7 @@ class Pupil:
 
 
 def serve(functions, request, number):
-    """Call a function of the grader's for a student; its result or its error as bytes."""
+    """Call one of the grader's functions for a student; return its result or its error as bytes."""
     try:
         function = functions[request["callback"]]
         args, kwargs = request["args"], request["kwargs"]

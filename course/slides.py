@@ -1,8 +1,8 @@
-"""Slides from the book: ``make slides`` writes _build/course/slides/NAME.html, one file a lecture.
+"""Slides from the book: ``make slides`` writes _build/course/slides/NAME.html, one file for each lecture.
 
 course/slides.yml says what is on a slide.  Every part of it is a piece of a chapter, found by its first
 words, so that a slide cannot say what the book does not; a piece that is no longer there is an error.  A file
-holds all that it needs: pictures as data, formulas as MathML, and no library.
+holds all that it needs, pictures as data and formulas as MathML, and needs no library.
 """
 
 import ast
@@ -48,7 +48,7 @@ STYLE = (Path(__file__).resolve().parent / "slides.css").read_text()
 
 
 class Missing(ValueError):
-    """A piece that its chapter does not have."""
+    """A slide asks for a piece that its chapter does not have."""
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def chapter(name):
 
 
 def quote(name, words):
-    """The text of a chapter from these words to the end of its block; "A ... B" ends with B instead."""
+    """The text of a chapter from these words to the end of their block; "A ... B" ends with B instead."""
     start, _, end = (r"\s+".join(map(re.escape, x.split())) for x in words.partition(" ... "))
     text = chapter(name)[0]
     places = [place.start() for place in re.finditer(start, text)]

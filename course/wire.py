@@ -19,11 +19,11 @@ PLAIN = (type(None), bool, int, float, str)
 
 
 class Malformed(ValueError):
-    """A message that is none."""
+    """What arrived is not a message."""
 
 
 def encode(value, function=None):
-    """`value` as a list of bytes and buffers, one message.  A TypeError if it is no data.
+    """Turn `value` into one message, a list of bytes and buffers.  It is a TypeError if it is not data.
 
     `function`, if given, is called with each function inside and returns the number that stands for it.
     """
@@ -55,7 +55,7 @@ def encode(value, function=None):
             if x.dtype == torch.bfloat16:
                 return array(x.view(torch.int16).numpy(), "bfloat16")
             return array(x.numpy(), "tensor")
-        # The library's own: told by name, so that nothing is imported where nobody uses it.
+        # The library's own classes: told by name, so that nothing is imported where nobody uses it.
         name = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
         if name == "sleeplib.LMState":
             return {"is": "state", "items": [[key, tree(y)] for key, y in vars(x).items()]}
@@ -74,9 +74,9 @@ def encode(value, function=None):
 
 
 def decode(text, blob, function=None):
-    """The value in a message.  Malformed if it is none.
+    """The value in a message; Malformed if it is not one.
 
-    `function`, if given, makes a function of the number that stands for it, and says with that that the
+    `function`, if given, makes a function of the number that stands for it.  Giving it also says that the
     sender is trusted: models too are then accepted.
     """
     position = 0
@@ -146,7 +146,7 @@ def send(sock, parts):
 
 
 def receive(sock, function=None, limit=LIMIT):
-    """The next value.  EOFError if the other side is gone, Malformed if what comes is no message."""
+    """The next value; EOFError if the other side is gone, Malformed if what comes is not a message."""
     lengths = struct.unpack("!QQ", exactly(sock, 16))
     if sum(lengths) > limit or lengths[0] > TREE:
         raise Malformed(f"a message of {sum(lengths)} bytes is too long")

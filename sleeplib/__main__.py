@@ -18,15 +18,15 @@ from .scorecard import scorecard as judge_all
 from .scorecard import to_json
 
 OUT = "data/results of a checkout, else ./sleeplib-results"
-SCALES = "what follows the task in a preset's name: quick, rate, ablation, rival, taught, small, paper"
+SCALES = "what follows the task in a preset's name, like quick, rate, ablation, rival, taught, small, paper"
 STATES = ("done", "failed", "begun", "to do")
-EXIT = {"failed": 1, "interrupted": 130, "terminated": 143}  # as a shell reports the signals
+EXIT = {"failed": 1, "interrupted": 130, "terminated": 143}  # the last two as a shell reports signals
 
 
 def list_presets(args):
-    """Print every preset: its runs done, begun and to do, and the core-hours of each N as measured here.
+    """Print every preset: how many runs are done, begun or to do, and core-hours for each N as measured here.
 
-    After ~ they are estimated, from the speed of the task's other runs.
+    A ~ marks an estimate, made from the speed of the task's other runs.
     """
     costs = core_hours(args.out)
     for name, experiment in (experiments.PRESETS | experiments.PRETRAINED).items():
@@ -39,7 +39,7 @@ def list_presets(args):
 
 
 def sample(args):
-    """Print one sequence of a task and what is asked."""
+    """Print one sequence of a task and the answers that are asked for."""
     task = tasks.TASKS[args.task]()
     rng = np.random.default_rng(checks.integer("seed", args.seed, 0, 2**64 - 1))
     batch = task.batch(1, rng, split=args.split)
@@ -66,14 +66,14 @@ def run(args):
 
 
 def summary(record):
-    """One line on a run."""
+    """Sum up a run in one line."""
     scores = ", ".join(f"{k} {v:.3f}" for k, v in record["final"].items() if k in ("loss", "token", "exact"))
     where = f"{record['preset']} N={record['passes']} seed={record['seed']}"
     return f"{where}: {record['status']}; {scores}; {record['seconds']:.0f} s on {record['device']}"
 
 
 def reproduce(args):
-    """Run every N and seed of a task's presets that has no finished record yet, `jobs` at a time."""
+    """Run every N and seed of a task's presets that has not ended yet, `jobs` at a time."""
     names = "task scale seeds jobs overwrite out keep"
     chosen, codes = reproduce_all(**{name: getattr(args, name) for name in names.split()})
     for experiment in chosen:
@@ -117,7 +117,7 @@ def doctor(args):
 
 
 def gpu_check(args):
-    """Check a GPU in ten minutes: backends, a captured step, tests; time and memory of small presets."""
+    """Check a GPU in some ten minutes: backends, a captured step, tests; time and memory of small presets."""
     report = check_gpu(args.device, args.out, args.minutes)
     return int(bool(report["wrong"]))
 
@@ -151,10 +151,10 @@ def parser():
     p.add_argument("--passes", type=int, required=True, help="N, sleep passes")
     p.add_argument("--device", default="auto", help="cpu, cuda or auto: a GPU if there is one")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
-    p.add_argument("--stop-after", type=int, metavar="STEPS", help="stop after so many steps more")
-    parts = "parts of a batch, one by one: less memory (default: as few as fit a GPU)"
+    p.add_argument("--stop-after", type=int, metavar="STEPS", help="stop after this many more steps")
+    parts = "read a batch in so many parts, to save memory (default: as few as fit a GPU)"
     p.add_argument("--micro-batches", type=int, help=parts)
-    p.add_argument("--threads", type=int, help="for PyTorch (default: as many as it takes)")
+    p.add_argument("--threads", type=int, help="for PyTorch (default: as many as help, by trial)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=300")
     p = add("reproduce", reproduce)
     p.add_argument("task", choices=tasks.TASKS)
@@ -162,17 +162,17 @@ def parser():
     p.add_argument("--seeds", type=int, nargs="+", help="default: those of the preset")
     p.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one on a GPU)")
     p = add("bench", bench)
-    p.add_argument("--repeats", type=int, default=9, help="turns of each kernel (default: 9)")
+    p.add_argument("--repeats", type=int, default=9, help="how often each kernel is timed (default: 9)")
     p.add_argument("--figure6", action="store_true", help="throughput at the paper's Figure 6, on one GPU")
-    p.add_argument("--dry-run", action="store_true", help="its predicted cost, and a small shape on the CPU")
+    p.add_argument("--dry-run", action="store_true", help="of --figure6: predicted cost, a small shape")
     add("doctor", doctor)
     p = add("gpu-check", gpu_check)
     p.add_argument("--device", default="cuda", help="cpu: a dry run at a small shape")
     p.add_argument("--out", default="gpu-check.json", metavar="FILE", help="default: ./gpu-check.json")
-    p.add_argument("--minutes", type=float, default=10, help="begin nothing after so long (default: 10)")
+    p.add_argument("--minutes", type=float, default=10, help="begin nothing new after so many (default: 10)")
     for names, flag, options in (
         ("sample run", "--seed", dict(type=int, default=0)),
-        ("run reproduce", "--overwrite", dict(action="store_true", help="train anew what is finished")),
+        ("run reproduce", "--overwrite", dict(action="store_true", help="train again what is finished")),
         ("run reproduce", "--keep", dict(metavar="FOLDER", help="for trained models, in half precision")),
         ("list scorecard run reproduce", "--out", dict(help=f"folder of the records (default: {OUT})")),
     ):
@@ -188,7 +188,7 @@ def main(argv=None):
         code = args.function(args) or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read has seen enough; nor is there anything to say at exit
+    except BrokenPipeError:  # whoever read has seen enough; and nothing must fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -7,9 +7,9 @@ sleep itself.  A rival's settings are a :class:`ModelConfig` of its own kind, an
 ==============  =======================================================================================
 settings        what it does
 ==============  =======================================================================================
-PruneConfig     keeps the keys and values of some tokens: the newest, sinks, those attended to; or of all
-PassesConfig    spends N passes otherwise: without feeding h back, without writing, after the question
-UntiedConfig    sleeps with other weights in every pass
+PruneConfig     keeps keys and values: of the newest tokens, of sinks, of those attended to, or of all
+PassesConfig    spends N passes in another way: without feeding h back, without writing, after the question
+UntiedConfig    sleeps with different weights in each pass
 TTTConfig       takes N gradient steps on the loss of the next token (:mod:`sleeplib.ttt`)
 ==============  =======================================================================================
 """
@@ -25,27 +25,27 @@ from .layers import Attention, rotary_angles
 from .model import Block, HybridLM, ModelConfig
 from .state import LMState
 
-# Pruning: what survives of a window is some of its keys and values, word for word
+# Pruning: what survives a window is some of its keys and values, word for word
 
 
 @dataclass(frozen=True)
 class PruneConfig(ModelConfig):
-    """A model whose cache is pruned at the end of a window, and not dropped.
+    """A model whose cache is pruned, not dropped.
 
     Parameters
     ----------
     keep : int, optional
         Tokens whose keys and values each attention block keeps; all if absent (full attention, the ceiling).
     how : {"recent", "heavy"}
-        Which: the newest; or the newest half, and of the others those that got most attention.
+        Which tokens: the newest; or a newest half, and of the others those that got the most attention.
     sinks : int
-        How many of the kept are the very first tokens ("recent" only).
+        How many of the kept tokens are the very first ones ("recent" only).
 
     Notes
     -----
-    With sinks it is StreamingLLM, positions counted inside the cache as there; "heavy" is H2O's mixture with
-    SnapKV's measure: the attention that the newest window paid, summed over its queries and heads, a choice
-    a block.  Pruning is trained through, so what is kept can learn to speak for what is not.
+    With sinks it is StreamingLLM, positions counted inside the cache, as there.  "heavy" is H2O's mixture
+    with SnapKV's measure: the attention that the newest window paid, summed over its queries and heads; each
+    block chooses for itself.  Pruning is trained through, so what is kept can learn to speak for what is not.
 
     Chapter: 15_argument
     """
@@ -122,7 +122,7 @@ class Pruned(HybridLM):
                 block.mixer = PrunedAttention(config)
 
     def predict(self, tokens, state, passes, window=None):
-        """Answer; the question's own keys are dropped, not those that were kept for it."""
+        """Answer; the question's own keys are dropped, those that were kept for it are not."""
         return _with_cache_of(state, super().predict(tokens, state, passes, window))
 
     def evict(self, state, eviction="hard", window=None):
@@ -136,23 +136,23 @@ def _with_cache_of(before, result):
     return logits, replace(state, kv=before.kv, key_ages=before.key_ages)
 
 
-# The same N passes, spent otherwise
+# The same N passes, spent in another way
 
 
 @dataclass(frozen=True)
 class PassesConfig(ModelConfig):
-    """A model that spends its N passes in another way than sleep does.
+    """A model that spends its N passes differently from sleep.
 
     Parameters
     ----------
     how : str
-        ``"replay"``: every pass reads the tokens anew, only S goes from pass to pass: more writing, and no
-        more thinking.  ``"frozen"``: h goes from pass to pass, and every pass reads and writes a copy of the
-        S at the window's start, but the last, whose S stays: more thinking, and no more writing.
+        ``"replay"``: every pass reads the tokens anew, and only S goes from pass to pass: more writing, but
+        no more thinking.  ``"frozen"``: h goes from pass to pass, and every pass starts from the S of the
+        window's start; only what the last one writes stays: more thinking, but no more writing.
         ``"rewrite"``: one pass, in which each block writes the same keys and values N times, N steps of
         gradient descent on ``|S^T k - v|^2 / 2``.  ``"awake"``: one pass over the context, which is dropped,
-        and N over the question, each from the S that the context left.  ``"awake-cache"``: so too, with full
-        attention over the context's cache.
+        and N over the question, each from the S that the context left.  ``"awake-cache"``: the same, with
+        full attention over the context's cache.
 
     Chapter: 15_argument
     """
@@ -181,7 +181,7 @@ class OtherPasses(HybridLM):
     config_class = PassesConfig
 
     def consolidate(self, tokens, state, passes, window=None):
-        """Read a window that nothing is asked in, and give the state that remains."""
+        """Read a window in which nothing is asked, and return the state that remains."""
         how, h = self.config.how, self.embed(tokens)
         if how.startswith("awake"):
             return self.blocks(h, state, window=window, write_only=True)[1]
@@ -221,12 +221,12 @@ class OtherPasses(HybridLM):
 
 @dataclass(frozen=True)
 class UntiedConfig(ModelConfig):
-    """A model that sleeps with weights of their own in each of its passes.
+    """A model whose passes each have weights of their own.
 
     Parameters
     ----------
     sets : int
-        Sets of blocks, one a pass; N must be the same.  Awake the last one reads.
+        Sets of blocks, one a pass; N must be the same number.  Awake, the model reads with the last set.
 
     Chapter: 15_argument
     """
@@ -258,7 +258,7 @@ class Untied(HybridLM):
         self.earlier = nn.ModuleList(sets)
 
     def consolidate(self, tokens, state, passes, window=None):
-        """Read a window in N passes, each through the blocks of its own."""
+        """Read a window in N passes, each through its own set of blocks."""
         if passes != self.config.sets:
             raise ValueError(f"passes must be {self.config.sets}, the sets of blocks; got {passes}")
         h = self.embed(tokens)

@@ -1,7 +1,7 @@
-"""``python -m sleeplib bench``: speed beside transformers' kernels, data, streaming, memory, in one run.
+"""``python -m sleeplib bench``: kernels beside those of transformers, data, streaming, memory, in one run.
 
-A benchmark, never a test: it prints medians of runs taken in turn, so that a drift of the machine's speed
-falls on both sides alike.
+A benchmark, never a test: it prints medians of runs taken in turn, so that a drift in the machine's speed
+affects both sides alike.
 """
 
 import statistics
@@ -113,7 +113,7 @@ def attention(repeats):
 
 
 def training_step(repeats, preset="rule110-quick"):
-    """Time a whole training step beside the same model on transformers' kernel."""
+    """Time a whole training step, beside one of the same model on transformers' kernel."""
     from transformers.models.qwen3_next import modeling_qwen3_next as oracle
 
     def theirs(q, k, v, *, g, beta, initial_state, backend):
@@ -140,7 +140,7 @@ import sys, statistics, time, torch, sleeplib as sl
 from sleeplib import device, kernels, layers
 preset, mode, repeats, *settings = sys.argv[1:]
 torch.set_num_threads(1)
-if mode == "autocast":  # plain PyTorch in place of loops that take bfloat16, and attention in it
+if mode == "autocast":  # plain PyTorch in place of the loops that take bfloat16, attention too
     layers.low_on_cpu = lambda x: False
     for module in (kernels.convolution, kernels.gate, kernels.norm):
         module.compiled = lambda *tensors, low=False: kernels.compiled(*tensors)
@@ -160,7 +160,7 @@ STEPS += [("rule110-paper", 256, 512), ("depo-small", 256, 16), ("gsm_infinite-s
 def precisions(repeats, steps=STEPS):
     """Time steps of presets at a width and a batch size in each precision, in one process and in two at once.
 
-    Returns what is printed: GFLOP/s of a product in each precision, and a list of rows.
+    Returns what it prints: ``peaks``, GFLOP/s of a product in each precision, and ``rows``.
 
     Chapter: 10_training
     """
@@ -200,7 +200,7 @@ def precisions(repeats, steps=STEPS):
 
 
 def generators(repeats, presets=("rule110-paper", "depo-paper", "gsm_infinite-small")):
-    """Time what draws a training batch, on one core, data split and labels included."""
+    """Time the drawing of a training batch on one core, data split and labels included."""
     rng = np.random.default_rng(0)
     for preset in presets:
         experiment = experiments.get(preset)
@@ -212,7 +212,7 @@ def generators(repeats, presets=("rule110-paper", "depo-paper", "gsm_infinite-sm
 
 
 def streaming(preset="rule110-quick", tokens=100_000, piece=4):
-    """Time reading after sleep, the nap itself, and count carried bytes along a long stream."""
+    """Time reading awake and the nap itself, and count the bytes carried along a long stream."""
     experiment = experiments.get(preset)
     task = experiment.task
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def streaming(preset="rule110-quick", tokens=100_000, piece=4):
     stream = torch.randint(0, 2, (1, tokens))
     readers = {n: Sleeper(model, window=task.window, passes=n) for n in (1, 8)}
     wake, nap = {n: [] for n in readers}, {n: [] for n in readers}
-    for start in range(0, 600 * piece, piece):  # in turn, so that drift falls on both alike
+    for start in range(0, 600 * piece, piece):  # in turn, so that drift affects both alike
         for n, reader in readers.items():
             naps, began = reader.naps, time.perf_counter()
             reader.feed(stream[:, start : start + piece])
@@ -262,7 +262,7 @@ print((peak_bytes(torch.device("cpu")) - before) // 2**20)
 
 
 def memory():
-    """Peak memory of one training step over that of a one-window step, each in a fresh process (Linux)."""
+    """Print a training step's peak memory above that of a one-window step, in fresh processes (Linux)."""
     print("memory of a training step above that of one window, one pass, MiB (batch 64, L = 24, width 64)")
     print("windows  N   plain   checkpointed over windows")
     for windows, passes in ((4, 1), (16, 1), (4, 4), (16, 4)):
@@ -274,7 +274,7 @@ def memory():
 
 
 def gpu(repeats, preset="rule110-small"):
-    """On CUDA: tokens per second of a training step, eager and as one CUDA graph."""
+    """Time training steps on CUDA, eager and as one CUDA graph."""
     name = torch.cuda.get_device_name()
     peaks = {d: matmul_peak(repeats, "cuda", d, 8192) for d in (torch.float32, torch.bfloat16)}
     print(
@@ -290,15 +290,16 @@ def gpu(repeats, preset="rule110-small"):
                 trainer.forward_backward(batch)
             seconds = in_turn([trainer.train_step], repeats)[0]
             tokens = experiment.train.batch * experiment.task.length / seconds
-            share = training_flops(experiment, passes) / seconds / peaks[torch.float32]
+            peak = peaks[getattr(torch, trainer.precision)]  # of what ran
+            share = training_flops(experiment, passes) / seconds / peak
             print(
                 f"{preset} step, N = {passes}, graph {graph}: {seconds * 1e3:.1f} ms, "
-                f"{tokens / 1e6:.2f} M tokens/s, {100 * share:.1f} % of the float32 peak"
+                f"{tokens / 1e6:.2f} M tokens/s, {100 * share:.1f} % of the {trainer.precision} peak"
             )
 
 
 def main(repeats=9):
-    """Run every part and print it."""
+    """Run every part and print its results."""
     repeats = integer("repeats", repeats, 1)
     print(records.processor())
     if torch.cuda.is_available():

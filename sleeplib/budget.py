@@ -28,22 +28,22 @@ class Reading:
 
     @classmethod
     def of(cls, task):
-        """That of a task whose question begins after its context."""
+        """The reading of a task whose question begins after its context."""
         starts = range(0, task.length, task.window)
         tokens = tuple(min(task.window, task.length - start) for start in starts)
         return cls(tokens, tuple(start + task.window <= task.context for start in starts))
 
 
 def entries(module):
-    """Entries of the matrices of a module: a token costs two operations each."""
+    """Count the entries of a module's matrices: a token costs two operations for each."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def block_flops(block, tokens, cached=0):
-    """Operations of a block on some tokens behind so many cached keys: its matrices, and its memory.
+    """Operations of a block that reads some tokens after so many cached keys: its matrices, and its memory.
 
     Attention: two products of a query with each key that it sees.  A fast weight: its read, its write and
-    its output.  The taps of a convolution and norms are left out.
+    its output.  Norms are left out, and filters of convolutions that are not matrices.
     """
     total = 2 * tokens * entries(block)
     if block.fast_shape:
@@ -56,7 +56,7 @@ def block_flops(block, tokens, cached=0):
 
 
 def forward_flops(model, reading, passes):
-    """Operations of reading one sequence with hard eviction: asleep in `passes` passes, awake in one.
+    """Operations of reading one sequence under hard eviction: asleep in `passes` passes, awake in one.
 
     Chapter: 16_pretrained
     """
@@ -70,8 +70,8 @@ def forward_flops(model, reading, passes):
 def step_flops(model, reading, passes, batch, recompute=True):
     """Operations of one training step: forward, again if windows are recomputed, and backward.
 
-    Backward takes as many as forward for the gradients of activations, and as many for those of matrices
-    that learn.
+    Backward takes as many as forward for the gradients of activations, and as many again for those of the
+    matrices, as far as these learn.
 
     Chapter: 16_pretrained
     """
@@ -81,7 +81,7 @@ def step_flops(model, reading, passes, batch, recompute=True):
 
 
 def weight_bytes(model, train):
-    """Bytes of all parameters, and of what learning adds: gradients, and the memory of the optimizers.
+    """Bytes of all parameters, and of what learning adds: gradients, and what the optimizers keep.
 
     Muon keeps one number for each entry of a hidden matrix, AdamW two for every other; `train` is the
     :class:`TrainConfig` that makes them.
@@ -103,7 +103,7 @@ def carried_bytes(model):
 
 
 def cached_bytes(model, tokens):
-    """Bytes of the keys and values of so many tokens, for one sequence, which eviction drops.
+    """Bytes of the keys and values of so many tokens of one sequence, which eviction drops.
 
     Chapter: 16_pretrained
     """
@@ -121,12 +121,12 @@ def step_bytes(model, train, reading, passes, batch=1):
     """Predicted peak memory of one training step, `batch` sequences at a time.
 
     The step is followed on device "meta", as :func:`training_bytes` does it, each gradient dropped as soon as
-    it is made: what is alive then grows in a line with the windows.  To that come :func:`weight_bytes`, in
-    which all gradients are.
+    it is made: what is alive then grows linearly with the number of windows.  :func:`weight_bytes`, which
+    includes all gradients, is added to that.
 
-    This is for a table of costs: what each optimizer keeps is counted, and each gradient once.  What divides
-    a batch is :func:`training_bytes`: of an experiment, with 16 bytes for every number that learns, and
-    gradients counted once more as they come to be.  So that is the larger, to be on the safe side.
+    This is for a table of costs: what each optimizer keeps is counted, and each gradient once.  How a batch
+    is divided is decided by :func:`training_bytes`, which takes an experiment, counts 16 bytes for every
+    number that learns, and counts gradients once more as they arise.  It is larger, to be on the safe side.
 
     Chapter: 16_pretrained
     """

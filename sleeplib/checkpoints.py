@@ -15,7 +15,7 @@ BLANK = b"?" * 64  # stands for the digest while it is taken
 
 
 def save_checkpoint(trainer, path):
-    """Write everything that a later call needs to go on to the bit: all processes call, the first writes."""
+    """Write all that a later call needs to go on bit for bit; every process calls, the first writes."""
     tensors, notes = trainer.snapshot()
     if trainer.rank > 0:
         return
@@ -32,7 +32,7 @@ def save_checkpoint(trainer, path):
 def load_checkpoint(trainer, path):
     """Go on where :func:`save_checkpoint` stopped; return its notes.
 
-    A ValueError if a single bit is wrong, or the file belongs to another run.
+    It is a ValueError if a single bit is wrong, or if the file belongs to another run.
     """
     content = Path(path).read_bytes()
     found = re.search(rb'"digest":"([0-9a-f]{64})"', content)
@@ -48,7 +48,7 @@ def load_checkpoint(trainer, path):
 
 
 def steps_done(path):
-    """Steps in a checkpoint, unverified; 0 if there is none or it cannot be read: its run will say why."""
+    """Steps in a checkpoint, unverified; 0 if there is none or it cannot be read: the run will say why."""
     try:
         with open(path, "rb") as file:
             head = file.read(8)

@@ -10,7 +10,7 @@ from .kernels import gated_delta_rule
 
 
 def examine():
-    """Yield one line on each thing, and whether it is well."""
+    """Yield a text on each thing examined, and whether it is as it should be."""
     yield json.dumps(records.versions() | {"processor": records.processor()}, indent=1), True
     cuda = torch.cuda.is_available()
     yield f"cuda: {torch.cuda.get_device_name() if cuda else 'none, the CPU is used'}", True

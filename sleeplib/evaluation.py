@@ -10,13 +10,13 @@ TEST = 1  # the stream of random numbers of held-out data; it does not depend on
 
 
 def held_out(task, count, seed, split="test"):
-    """Sequences for scoring, drawn once a seed; `split` "train" gives new ones from the training split."""
+    """Sequences for scoring, fixed by the seed; `split` "train" draws new ones from the training split."""
     return task.batch(count, np.random.default_rng([seed, TEST]), split=split)
 
 
 @torch.no_grad()
 def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
-    """Score a model on a batch, asleep and awake as in training, in the precision of its weights.
+    """Score a model on a batch, asleep and awake as in training, at the precision of its weights.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
 
     Notes
     -----
-    What lies before the first question is read without logits, and only the logits of labels are kept: at
-    3,301 tokens of 1,160 words those of all positions would take 15 MB a sequence.
+    What lies before the first question is read without logits, and only the logits at labels are kept: with
+    3,301 tokens and a vocabulary of 1,160, those of all positions would take 15 MB a sequence.
 
     Chapter: 11_rule110
     """

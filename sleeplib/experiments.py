@@ -1,4 +1,4 @@
-"""Experiments as frozen values: a task, a model, a way to train; presets by name."""
+"""Experiments as frozen values: a task, a model and a way to train; presets by name."""
 
 import dataclasses
 import hashlib
@@ -16,10 +16,10 @@ import numpy as np
 from .model import ModelConfig
 from .tasks import TASKS, Rule110
 
-PRESETS, PRETRAINED = {}, {}  # name -> Experiment; presets.py fills them, the second with what is downloaded
+PRESETS, PRETRAINED = {}, {}  # name -> Experiment; presets.py fills them, the second with models to download
 EVICTIONS = ("hard", "keys", "sliding", "hard-then-sliding")
 TRAINED = ("all", "fast-then-all")
-# Settings that came later: a configuration that leaves them alone reads, and hashes, as it did before.
+# Settings that were added later: a configuration that leaves them alone reads and hashes as it did before.
 LATER = {"truncate": None, "start": None, "trains": "all", "shard": False}
 
 
@@ -32,30 +32,32 @@ class TrainConfig:
     steps, batch : int
         Optimizer steps, and sequences a step.
     muon_lr, adamw_lr : float
-        Learning rates of the hidden matrices and of everything else.
+        Learning rates of the hidden matrices, and of everything else.
     warmup, decay : int
-        Steps over which Muon's rate rises from 0 at the start and falls to 0 at the end; constant between.
+        Steps over which Muon's rate rises from 0 at the start, and falls to 0 at the end; it is constant
+        in between.
     weight_decay : float
         For both optimizers, on matrices only.
     clip : float
         Largest norm of the gradient.
     eviction : {"hard", "keys", "sliding", "hard-then-sliding"}
-        The last is hard for the first third of the steps: our reading of section 6.4.
+        What happens to the cache at a window's end.  "hard-then-sliding" is hard for the first third of the
+        steps: our reading of section 6.4.
     checkpoint : bool
         Recompute windows in the backward pass, see :func:`sleep_forward`.
     truncate : int or None
-        Naps that a gradient goes back through, see :func:`sleep_forward`; all of them if None.
+        How many naps a gradient goes back through, see :func:`sleep_forward`; all of them if None.
     start : str or None
-        The trained model that weights start from, as :func:`start_from` takes it; ``{seed}`` in it stands for
-        the run's own seed.
+        The trained model whose weights this one starts from, as :func:`start_from` takes it; ``{seed}`` in
+        it stands for the run's own seed.
     trains : {"all", "fast-then-all"}
-        What is trained: the last is the fast-weight layers alone for the first third of the steps.
+        What is trained; "fast-then-all" trains the fast-weight layers alone for the first third of the steps.
     precision : {"float32", "bfloat16"}
-        bfloat16 runs matrix products under autocast where the device has instructions for them, and float32
-        elsewhere; a record says which ran.  Sums, and the fast weight, are float32's in both.
+        bfloat16 runs matrix products under autocast where the device is faster at them, and float32
+        elsewhere; a record says which ran.  Sums and the fast weight are in float32 in both cases.
     shard : bool
-        Of several processes each keeps only a part of weights and optimizer state (FSDP2), for models that
-        one GPU has no room for.
+        If several processes train, each keeps only a part of the weights and the optimizer state (FSDP2), for
+        models that one GPU has no room for.
     graph : bool
         On CUDA, compile the blocks, and capture forward and backward as one CUDA graph.
     eval_every, save_every : int
@@ -66,7 +68,7 @@ class TrainConfig:
     Raises
     ------
     TypeError, ValueError
-        If a setting has another type, or makes no sense; the message names it.
+        If a setting has the wrong type, or makes no sense; the message names it.
 
     Notes
     -----
@@ -109,7 +111,7 @@ class TrainConfig:
             low = 0 if name in ("warmup", "decay") or kind is not int else 1
             if kind is not str and not low <= value < math.inf:
                 raise ValueError(f"train.{name} must be at least {low} and finite; got {value}")
-            # The default warm-up serves short trials too: they end before it does.
+            # The default warm-up may be longer than a short trial, which then ends before it does.
             if name in ("warmup", "decay") and self.steps < value != entry.default:
                 raise ValueError(f"train.{name} must be at most train.steps = {self.steps}; got {value}")
         if not self.clip:
@@ -120,7 +122,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {value!r}")
 
     def eviction_at(self, step):
-        """What happens to the cache at a step: "hard" or "sliding"; at step `steps`, what a score sees."""
+        """What a step does to the cache: "hard", "keys" or "sliding"; at step `steps`, what a score sees."""
         return self._at(step, self.eviction)
 
     def trains_at(self, step):
@@ -146,7 +148,7 @@ class Experiment:
         Or the settings of a rival of sleep, see :mod:`sleeplib.baselines`.
     train : TrainConfig
     passes, seeds : tuple of int
-        The N that are compared, the seeds of the recorded runs.
+        The values of N that are compared, and the seeds of the recorded runs.
     about : str
         One line for the command line.
 
@@ -166,7 +168,7 @@ class Experiment:
             raise ValueError(f"name must be letters, digits, spaces and .,+=-_; got {self.name!r}")
 
     def config(self):
-        """The experiment as plain data, as a record keeps it; an error if the task is no such data."""
+        """The experiment as plain data, as a record keeps it; an error if the task cannot be written so."""
         own = _own_name(self.task)
         if not dataclasses.is_dataclass(self.task):
             raise TypeError(f"task: a record keeps its fields, so {own} must be a dataclass")
@@ -198,9 +200,10 @@ class Experiment:
     def replace(self, settings=None, **fields):
         """Return a copy with settings changed: ``replace({"train.steps": "9"})`` or ``replace(clip=2)``.
 
-        `settings` go by part and field, `fields` by the field alone: one of train where it has such a field
-        (``steps`` is how long to train, and not a task's t), else of whichever has it.  Strings are read as
-        the field's type.  An unknown or ambiguous key and a value of another type are a ValueError.
+        `settings` go by part and field, `fields` by the field alone: that of train where it has one of this
+        name (``steps`` is how long to train, not a task's t), else that of whichever part has it.  Strings
+        are read as the field's type.  An unknown or ambiguous key, or a value of another type, is a
+        ValueError.
         """
         parts = {name: getattr(self, name) for name in ("task", "model", "train")}
         hints = {name: typing.get_type_hints(type(part)) for name, part in parts.items()}
@@ -228,7 +231,7 @@ def _own_name(task):
 
 
 def _task_fields(task):
-    """A task as plain data: which one it is, and its fields; a task within a task likewise."""
+    """A task as plain data: its kind and its fields; the same for a task within a task."""
     kind = next((name for name, cls in TASKS.items() if cls is type(task)), _own_name(task))
     inner = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
     inner = {name: _task_fields(x) for name, x in inner.items() if dataclasses.is_dataclass(x)}
@@ -248,7 +251,7 @@ def _read(key, value, hint):
             if str not in allowed:
                 raise ValueError(f"{key}: cannot read {value!r} as {kind}") from None
             found = value
-        if str not in allowed or isinstance(found, (*plain, list, dict)):  # "123" is a word where one may be
+        if str not in allowed or isinstance(found, (*plain, list, dict)):  # "123" may be a word
             value = found
     value = _made(key, value, kind, allowed) if isinstance(value, dict) else value
     value = value.item() if isinstance(value, np.generic) else value
@@ -261,7 +264,7 @@ def _read(key, value, hint):
 
 
 def _made(key, fields, hint, kinds):
-    """Make what is itself a dataclass, such as a task within a task, from its fields."""
+    """Make a value that is itself a dataclass, such as a task within a task, from its fields."""
     name = fields.get("kind")
     if name is not None and name not in TASKS:
         raise ValueError(f"{key}: {name} is no task of sleeplib; there are {', '.join(TASKS)}")

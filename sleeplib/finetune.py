@@ -5,10 +5,11 @@ from .records import data_dir
 
 
 def start_from(model, folder):
-    """Give a new :class:`HybridLM` the weights of a trained one; blocks that it lacks stay as they are.
+    """Give a new :class:`HybridLM` the weights of a trained one; further blocks stay as they are.
 
-    The first block of each letter takes the weights of the first of that letter, and so on.  So the hybrid
-    ``agag`` can start from the transformer ``aa``: its fast-weight blocks are new, each of them the identity.
+    The new model's first block of each letter takes the weights of the trained one's first block of that
+    letter, and so on.  So the hybrid ``agag`` can start from the transformer ``aa``: its fast-weight blocks
+    are new, and each of them is the identity.
 
     Parameters
     ----------

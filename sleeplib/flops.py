@@ -17,19 +17,19 @@ from .experiments import get
 from .kernels import use_numba
 from .model import ModelConfig
 
-# What a step's peak is of its prediction: .63 and .66 were measured on an H200 where a step is captured and
-# fused; where it is not, the allocator wastes some.
+# The share of its prediction that a step's peak takes: on an H200 it was .63 and .66 where a step is captured
+# and fused; where it is not, the allocator wastes some.
 CAPTURED, EAGER = 0.75, 1.1
 
 
 def training_flops(experiment, passes):
     """Floating-point operations of one training step: three times the products of a forward pass.
 
-    A token costs two operations a matrix entry and pass; attention adds its scores and sums, a fast weight
-    its read, its write and its output.  Norms, gates and convolutions are left out, and so is what follows
-    the last write before a window is dropped.  `experiment` is an Experiment or a preset's name, `passes` is
-    N; windows with labels are read once.  Those of a rival of sleep are counted as they are computed, by
-    :func:`counted_flops`.
+    A token costs two operations for each matrix entry in each pass; attention adds its scores and sums, a
+    fast weight its read, its write and its output.  Norms, gates and convolutions are left out, and so is
+    what follows the last write before a window is dropped.  `experiment` is an Experiment or a preset's name,
+    `passes` is N; windows with labels are read once.  For a rival of sleep, or a pretrained model,
+    :func:`counted_flops` counts what is computed.
 
     Chapter: 11_rule110
     """
@@ -59,9 +59,10 @@ def training_flops(experiment, passes):
 
 
 def counted_flops(experiment, passes):
-    """Floating-point operations of one training step, by PyTorch's own counter of matrix products.
+    """Floating-point operations of one training step, as PyTorch's own counter of matrix products has them.
 
-    The step is made on one sequence of the batch, in plain PyTorch: a compiled loop shows no products.
+    One sequence is counted, in plain PyTorch (a compiled loop shows no products), and multiplied by the batch
+    size.
 
     Chapter: 15_argument
     """
@@ -95,7 +96,7 @@ def carried_bytes(experiment, passes):
 
 
 def parameters(experiment):
-    """How many numbers a model learns.
+    """How many parameters a model has.
 
     Chapter: 15_argument
     """
@@ -106,8 +107,9 @@ def training_bytes(experiment, passes, batch=None, precision=None, world=1):
     """Predicted peak memory of one training step on a GPU, in bytes, when nothing is captured or fused.
 
     The step is followed on tensors without numbers (device "meta"), where the code takes the branches that it
-    takes on a GPU, and what is alive at a time is counted, to which come 16 bytes a parameter: weights,
-    gradients and what the optimizers keep.  It costs a second or two on one core, whatever the batch.
+    takes on a GPU, and the bytes alive at a time are counted.  To these are added 16 bytes a parameter: for
+    weights, gradients and what the optimizers keep.  It takes a second or two on one core,
+    whatever the batch.
 
     Parameters
     ----------
@@ -120,14 +122,14 @@ def training_bytes(experiment, passes, batch=None, precision=None, world=1):
     precision : {"float32", "bfloat16"}, optional
         What products are computed in; the experiment's if absent.
     world : int
-        Processes that share weights, gradients and what the optimizers keep, see :func:`processes.shard`;
-        then what is put together at a time comes to a process' share: embedding, readout and two blocks.
+        Processes that share weights, gradients and what the optimizers keep, see :func:`processes.shard`.
+        To a process' share is then added what is put together at a time: embedding, readout and two blocks.
         This part was not measured.
 
     Returns
     -------
     int
-        What kernels need for themselves, and what the allocator of a GPU wastes, is not in it.
+        Without what kernels need for themselves, and what the allocator of a GPU wastes.
 
     Raises
     ------
@@ -154,10 +156,10 @@ def training_bytes(experiment, passes, batch=None, precision=None, world=1):
 
 
 def fitting_parts(experiment, passes, free, precision, world=1):
-    """The smallest power of two of parts in which a batch fits into `free` bytes of a GPU.
+    """The smallest number of parts, a power of two, in which a batch fits into `free` bytes of a GPU.
 
-    At most one a sequence; None if not even that fits.  What is needed is :func:`training_bytes` of a part of
-    a process' share, times CAPTURED where the step is captured and fused, else EAGER.  With ``train.shard``
+    At most one part a sequence; None if not even that fits.  A part needs its :func:`training_bytes`, of a
+    process' share, times CAPTURED where the step is captured and fused, else EAGER.  With ``train.shard``
     the `world` processes share the weights too.
 
     Chapter: 11_rule110
@@ -191,9 +193,9 @@ def _followed(task, config, passes, batch, precision, checkpoint, eviction, worl
 
 
 def _own(model, world):
-    """Bytes of weights and all that training adds to them, at one of `world` processes that share them."""
+    """Bytes of the weights and of all that training adds, at one of `world` processes that share them."""
 
-    def size(module, learning):  # of what does not learn the weight alone
+    def size(module, learning):  # of what does not learn, the weight alone
         return sum(
             p.numel() * (learning if p.requires_grad else p.element_size()) for p in module.parameters()
         )
@@ -206,9 +208,9 @@ def _own(model, world):
 
 
 def followed_bytes(model, inputs, labels, awake, precision="float32", **options):
-    """The most bytes alive at a time in a step that is followed on device "meta", beside the parameters.
+    """The most bytes alive at a time, besides the parameters, in a step followed on device "meta".
 
-    `options` are those of :func:`sleep_forward`; gradients are counted as they come to be.
+    `options` are those of :func:`sleep_forward`; gradients are counted as they arise.
 
     Chapter: 16_pretrained
     """
@@ -226,9 +228,9 @@ def followed_bytes(model, inputs, labels, awake, precision="float32", **options)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that are made within `with` and alive at a time.
+    """Count the bytes of tensors that are made within `with` and are alive at the same time.
 
-    Two tensors on one storage count once, what was there before does not.
+    Two tensors on one storage count once; what was there before does not count.
 
     Attributes
     ----------
@@ -271,8 +273,8 @@ def _tensors(x):
 class _AsOnCuda(TorchFunctionMode):
     """On device "meta" make what a GPU would: products in bfloat16 if `low`, attention in one operation.
 
-    There is no autocast for "meta".  Ours does what CUDA's does to the products of a model: a leaf is cast
-    once, all else each time.
+    There is no autocast for "meta".  This one does what CUDA's does to a model's products: a leaf is cast
+    once, everything else each time.
     """
 
     def __init__(self, low):

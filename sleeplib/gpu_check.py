@@ -1,7 +1,8 @@
 """``sleeplib gpu-check``: whether all of this works on a GPU, how fast it is there, and what fits.
 
-In ten minutes or fewer it compares every backend and a captured step with what they must equal, runs the
-tests that need a GPU, and takes a step of each preset: its time, its peak memory beside the predicted one.
+In about ten minutes it compares the backends that run there and a captured step with what they must equal,
+runs the tests that need a GPU, and measures a step of each quick and small preset: its time, and its peak
+memory beside the predicted one.
 """
 
 import gc
@@ -26,7 +27,7 @@ from .kernels import gated_delta_rule, gated_hebbian_rule, use_numba
 from .training import Trainer, training_batch
 
 GIB = 2**30
-SHAPES = ((2, 70, 2, 16, 32), (1, 130, 2, 64, 128))  # B, T, H, K, V: with a rest, and over several chunks
+SHAPES = ((2, 70, 2, 16, 32), (1, 130, 2, 64, 128))  # B, T, H, K, V: with a remainder; over several chunks
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # as in the tests
 COLUMNS = "preset N precision how parts ms tokens/s GiB predicted ratio note".split()
 TESTS_SHARE = 0.4  # of the time, at most
@@ -38,25 +39,26 @@ def gpu_check(device="cuda", out="gpu-check.json", minutes=10, say=print):
     Parameters
     ----------
     device : str
-        "cuda", or one CUDA device.  "cpu" is a dry run: the same at a small shape, nothing captured.
+        "cuda", or one CUDA device.  "cpu" is a dry run: the same at a small shape, with nothing captured.
     out : path_like
-        The file.  It is written anew, whole each time, after every part; an interrupted check leaves what it
-        has found so far.
+        The file.  After every part it is written again as a whole, so an interrupted check leaves what it has
+        found so far.
     minutes : float
-        Nothing is begun after so long; what was left out is said, and stands under "not done".
+        Nothing new is begun after so many; what was left out is printed, and listed under "not done".
     say : callable
         Gets each line.
 
     Returns
     -------
     dict
-        What was written: the ``machine``, ``backends``, ``captured``, ``tests``, ``presets``, ``not done``,
-        ``wrong`` (what is not as it must be) and the ``status``.
+        What was written: ``machine``, ``versions``, ``commit``, ``dirty``, ``backends``, ``captured``,
+        ``tests``, ``presets``, ``not done``, ``wrong`` (what is not as it must be), ``minutes``, ``seconds``
+        and ``status``.
 
     Raises
     ------
     ValueError, OSError
-        If there is no such device, `minutes` is no number of at least 0, or `out` cannot be written.
+        If there is no such device, `minutes` is not a number of at least 0, or `out` cannot be written.
 
     Chapter: 10_training
     """
@@ -109,7 +111,7 @@ class _Check:
         )
 
     def part(self, what, kind, function, *args):
-        """Call a function and save, unless the time is over or will not do for one more of this kind."""
+        """Call a function and save, unless time is up or too short for one more part of this kind."""
         if self.left() <= self.longest.get(kind, 0):
             self.report["not done"].append(what)
             self.say(f"not done, the time is over: {what}")
@@ -123,7 +125,7 @@ class _Check:
         self.save()
 
     def demand(self, good, what):
-        """Note what is not as it must be."""
+        """Note a fault unless `good`."""
         if not good:
             self.report["wrong"].append(what)
             self.say(f"WRONG: {what}")
@@ -145,7 +147,7 @@ class _Check:
         self.say(", ".join(f"{count} {key}" for key, count in said.items()))
 
     def todo(self):
-        """Experiment, N and how, of every step that is measured: those that need no compiler first."""
+        """Yield experiment, N and how for every step to be measured, those that need no compiler first."""
         if self.dry:
             small = experiments.get("rule110-quick").replace({"train.batch": 4, "model.pattern": "ag"})
             yield from ((small, passes, "eager") for passes in (1, 2))
@@ -219,7 +221,7 @@ class _Check:
         self.say(f"pytest -m cuda: {found if isinstance(found, str) else found['summary']}")
 
     def preset(self, experiment, passes, how):
-        """Measure a step with the whole batch; where that does not fit, in the parts that do."""
+        """Measure a step with the whole batch or, where that does not fit, in as many parts as do."""
         e = experiment.replace({"train.graph": how == "captured"})
         low = e.train.precision == "bfloat16" and machine.multiplies_bfloat16(self.device)
         precision, batch = "bfloat16" if low else "float32", e.train.batch
@@ -250,7 +252,7 @@ class _Check:
         self.say(" ".join(f"{name} {value}" for name, value in zip(COLUMNS, _cells(row)) if value))
 
     def more_parts(self, e, passes, row):
-        """The next larger number of parts after one that did not fit, or what the prediction says."""
+        """Twice the number of parts that did not fit, or what the prediction says, if that is more."""
         self.let_go()
         free = math.inf if self.dry else machine.free_bytes(self.device)
         plain = e.replace({"train.graph": False})
@@ -261,11 +263,11 @@ class _Check:
         """Free what trainers and errors before this hold on the GPU; forget what was compiled for them."""
         gc.collect()
         if not self.dry:
-            torch._dynamo.reset()  # else the blocks of all presets would share one limit of recompilations
+            torch._dynamo.reset()  # else the blocks of all presets would share one limit on recompilations
             torch.cuda.empty_cache()
 
     def measure(self, e, passes, row):
-        """Fill in seconds and peak bytes of a step; what stopped it, in one line, or None."""
+        """Fill in seconds and peak bytes of a step; return in one line what stopped it, or None."""
         cuda = not self.dry
         self.let_go()
         if cuda:
@@ -334,7 +336,7 @@ def _cells(row):
 
 
 def _run(rule, shape, device, dtype, backend):
-    """Outputs, last state and gradients of a recurrence, by name; its numbers are exact in bfloat16."""
+    """Outputs, last state and gradients of a recurrence, by name; its inputs are exact in bfloat16."""
     (B, T, H, K, V), generator = shape, torch.Generator().manual_seed(0)
 
     def draw(*size):
@@ -348,7 +350,7 @@ def _run(rule, shape, device, dtype, backend):
     for name, x in given.items():
         kind = dtype if name in ("q", "k", "v") else wide
         given[name] = x.bfloat16().to(device, kind).requires_grad_()
-    # Where there is no Numba, on a GPU, the reference is its plain loop over tokens.
+    # On a GPU, where Numba does not run, the reference is a plain loop over tokens.
     loops = backend == "reference" and torch.device(device).type != "cpu"
     with use_numba(use_numba.on and not loops):
         o, S = rule(**given, backend=backend)
@@ -358,7 +360,7 @@ def _run(rule, shape, device, dtype, backend):
 
 
 def _worst(found, truth):
-    """Name and error of what is off the most, as a part of its largest entry where that is above 1."""
+    """Name and error of what is off the most, relative to its largest entry where that is above 1."""
     errors = {}
     for name, wanted in truth.items():
         wanted, got = (x.detach().double().cpu() for x in (wanted, found[name]))

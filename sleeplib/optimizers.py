@@ -1,4 +1,4 @@
-"""Which optimizer takes which parameter, and how the learning rate goes."""
+"""Which optimizer takes which parameter, and how the learning rate changes."""
 
 import torch
 
@@ -12,7 +12,7 @@ def make_optimizers(model, train):
     """Muon for the hidden matrices, AdamW for embeddings, head, norms, biases, filters and decay rates.
 
     What needs no gradient when this is called is left out.  Low-rank differences go to AdamW: an orthogonal
-    step is made for a whole matrix, and each of their two factors is none.
+    step is made for a whole matrix, and neither of their two factors is one.
 
     Chapter: 10_training
     """
@@ -31,7 +31,7 @@ def make_optimizers(model, train):
 
 
 def schedule(step, train):
-    """Factor on Muon's learning rate at a step: warm up, stay, decay."""
+    """Factor on Muon's learning rate at a step: it warms up, stays at 1, and decays."""
     up = (step + 1) / train.warmup if train.warmup else 1.0
     down = (train.steps - step) / train.decay if train.decay else 1.0
     return min(1.0, up, down)

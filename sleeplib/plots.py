@@ -1,4 +1,4 @@
-"""Figures of the book: one style, one colour for each N, several seeds as one band, alt text always."""
+"""Figures of the book: one style, one colour for each N, several seeds as one band, always an alt text."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ DASHES = {1: (4, 2), 2: (2, 1), 3: (5, 1, 1, 1), 4: ()}
 
 
 def use_style():
-    """Set the book's style: opaque white, for dark pages, and the font that ships with matplotlib."""
+    """Set the book's style: opaque white, also on dark pages, and the font that ships with matplotlib."""
     rc = {
         "figure.facecolor": "white",
         "savefig.facecolor": "white",
@@ -44,7 +44,7 @@ def picture(fig, colors=64, dpi=160):
     colors : int
         Size of the palette.
     dpi : int
-        160 gives 1.5 pixels for each of a page's.
+        160 gives about 1.5 pixels for each pixel of a page.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def picture(fig, colors=64, dpi=160):
 
 
 def is_chart(fig, words):
-    """Whether a dark page may invert a figure: it has no map of colours, and its words name no shade."""
+    """Whether a dark page may invert a figure: it holds no colour map, and its words name no shade."""
     parts = [part for ax in fig.axes for part in (*ax.images, *ax.collections)]
     maps = any(isinstance(part, AxesImage | QuadMesh) for part in parts)
     return not maps and not re.search(
@@ -72,7 +72,7 @@ def is_chart(fig, words):
 
 
 def img(fig, alt, caption="", **options):
-    """One figure as an HTML ``<img>`` that carries its own bytes and its alt text."""
+    """Make of a figure an HTML ``<img>`` that carries its own bytes and its alt text."""
     if not alt or not alt.strip():
         raise ValueError("alt must say what the figure shows; got an empty text")
     kind = 'class="sl-chart" ' if is_chart(fig, f"{alt} {caption}") else ""
@@ -140,7 +140,8 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
         As :func:`sleeplib.records.load_records` returns them; or one record, a Trainer, its curve, or a list
         of records and Trainers.
     metric : str
-        A key of the curve's metrics, on held-out data; where an entry has none, its ``"loss"`` in training.
+        A key of the curve's metrics, on held-out data; where an entry has no such metric, a key of the entry
+        itself, such as ``"loss"`` in training.
     x : {"tokens", "step"} or callable
         A key of the curve, or a function of the record and an entry of its curve.
     chance : bool
@@ -150,7 +151,7 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
     for record in records:
         runs[record["passes"]].append(record)
     for passes, group in sorted(runs.items()):
-        # Runs that stopped early are drawn as far as the shortest of their N.
+        # All runs of one N are drawn as far as the shortest of them goes.
         points = min(len(r["curve"]) for r in group)
         ys = [[_value(p, metric) for p in r["curve"][:points]] for r in group]
         xs = [x(group[0], p) if callable(x) else p[x] for p in group[0]["curve"][:points]]
@@ -165,7 +166,7 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
 
 
 def _as_records(runs):
-    """Whatever can be drawn as a list of records; a curve alone does not know its N."""
+    """Turn whatever can be drawn into a list of records; a curve alone does not know its N."""
     if isinstance(runs, dict) or hasattr(runs, "curve"):
         runs = [runs]
     elif runs and isinstance(runs[0], dict) and "curve" not in runs[0]:
@@ -183,7 +184,7 @@ def _value(point, metric):
 
 
 def provenance(records):
-    """One line for under a figure: device, commit and number of seeds of the runs in it."""
+    """One line to stand under a figure: device, commit and number of seeds of its runs."""
     if not records:
         return "not run yet"
     devices = ", ".join(sorted({str(r["device"]) for r in records}))

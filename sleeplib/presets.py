@@ -1,4 +1,4 @@
-"""The presets: plain values, most of them another one with a few settings changed."""
+"""The presets: plain values, most of them made from another by changing a few settings."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from .ttt import TTTConfig
 
 
 def _add(name, task, train, about, *, passes=(1, 2, 4), seeds=(0, 1, 2), **model):
-    """Enter a preset; without other sizes its model is the small one."""
+    """Enter a preset; if no sizes are given, its model is the small one."""
     sizes = dict(vocab_size=task.vocab_size, num_heads=4) | (model or dict(d_model=64, mlp_size=128))
     PRESETS[name] = Experiment(name, task, ModelConfig(**sizes), train, passes, seeds, about)
 
@@ -126,7 +126,7 @@ model = PruneConfig(pattern="aaaa", keep=8, vocab_size=Recall().vocab_size, mlp_
 about = "recall-quick, the newest 8 tokens kept word for word: the bytes of its fast weights"
 _vary("recall-quick", "recall-ablation-recent8", {}, about, model=model, passes=(1,))
 
-# Truncated backpropagation through sleep (chapter 10): the same settings, and a gradient that enters one nap.
+# Truncated backpropagation through sleep (chapter 10): the same settings, but a gradient that enters one nap.
 for base, name, parts in (
     ("recall-quick", "recall", dict(passes=(1,))),
     ("rule110-quick", "rule110", dict(passes=(4,))),
@@ -135,7 +135,8 @@ for base, name, parts in (
     _vary(base, f"{name}-truncate-1", {"train.truncate": 1}, about, **parts)
 
 # The sweep of Muon's rate.  For rule110 and depo its point at 2e-3 is the -quick preset itself.  Where a
-# comparison is made too, on seeds from 3 on, there are more passes and seeds, and a run for equal operations.
+# comparison is made too, on seeds from 3 on, there are more passes and seeds, and at 8e-3 also a run for
+# equal operations.
 rates = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 compared = {"rule110-rate-8e-3": (0, *range(3, 9))}
 compared |= dict.fromkeys(("depo-rate-4e-3", "depo-rate-8e-3", "gsm_infinite-rate-8e-3"), tuple(range(6)))
@@ -174,11 +175,11 @@ rivals = {
     "hybrid8": (PruneConfig, dict(keep=8), (1, 4), "fast weights and the newest 8 tokens"),
     "ttt": (TTTConfig, keys, (1, 8), "an MLP that learns each window in N gradient steps"),
     "ttt-small": (TTTConfig, keys | dict(fast_size=21), (8,), "such an MLP of as many bytes as S"),
-    "rewrite": (PassesConfig, dict(how="rewrite"), looped, "each block writes N times, h read once"),
+    "rewrite": (PassesConfig, dict(how="rewrite"), looped, "one pass, each block writes N times"),
     "replay": (PassesConfig, dict(how="replay"), looped, "N passes, h not fed back"),
-    "frozen": (PassesConfig, dict(how="frozen"), looped, "N passes, S written in the last alone"),
+    "frozen": (PassesConfig, dict(how="frozen"), looped, "N passes, S kept from the last alone"),
     "awake": (PassesConfig, dict(how="awake"), looped, "N passes over the question, none asleep"),
-    "awake-cache": (PassesConfig, keys | dict(how="awake-cache"), looped, "the same, with the whole cache"),
+    "awake-cache": (PassesConfig, keys | dict(how="awake-cache"), looped, "N passes awake, whole cache kept"),
     "untied": (UntiedConfig, {}, looped, "passes with weights of their own"),
     "deep": (ModelConfig, dict(pattern="ag" * 8), (1,), "no sleep, four times as deep"),
     "wide": (
@@ -191,10 +192,10 @@ rivals = {
 }
 both = ("recent8", "heavy8", "full", "ttt", "rewrite", "replay", "frozen", "awake-cache")
 against = {"rule110": ("rule110-quick", tuple(rivals)), "depo": ("depo-ablation-ring8", ("sleep", *both))}
-rivals["sleep"] = (ModelConfig, {}, (1, 4), "itself")
+rivals["sleep"] = (ModelConfig, {}, (1, 4), "unchanged")
 known = {"rule110-deep-2e-3": "rule110-ablation-deep", "rule110-state-2e-3": "rule110-ablation-state"}
-known["depo-sleep-4e-3"] = "depo-ablation-ring8"  # points of a sweep that were made before
-chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, once a sweep is done
+known["depo-sleep-4e-3"] = "depo-ablation-ring8"  # points of a sweep that exist already
+chosen = {  # "<task>-<arm>": the rates for the comparison, the best on seed 0, entered once a sweep is done
     "rule110-recent8": "8e-3",
     "rule110-heavy8": "4e-3",
     "rule110-full": "8e-3",
@@ -219,7 +220,7 @@ chosen = {  # "<task>-<arm>": the rates of the comparison, the best of seed 0, o
     "depo-full": "2e-3",
     "depo-awake-cache": "4e-3",
 }
-# Where the best rate was the highest, or the lowest, one beyond it was tried, with these N.
+# Where the best rate was the highest or the lowest tried, one beyond it was tried too, with these N.
 further = dict(recent8=(1,), recent16=(1,), full=(1,), hybrid8=(1,), ttt=(1, 8), deep=(1,), state=(1,))
 further |= dict.fromkeys(("replay", "awake", "awake-cache"), looped)
 further = {f"rule110-{arm}": {"1.6e-2": passes} for arm, passes in further.items()}
@@ -244,8 +245,8 @@ for task, (base, arms) in against.items():
             parts = dict(model=kind(**plain | settings), passes=passes, seeds=seeds)
             _vary(base, name, {"train.muon_lr": rate}, f"{base}, {about}; Muon's rate {rate}", **parts)
 
-# Sleep for a pretrained model (chapter 16): small models learn to read, then to sleep.  What is compared has
-# read as many tokens in all: 300 steps of text and 150 of sleep, or 450 of sleep.
+# Sleep for a pretrained model (chapter 16): small models learn to read, then to sleep.  All that are compared
+# read equally many tokens in all: 300 steps of text and 150 of sleep, or 450 of sleep.
 story = dict(places=(2, 2), kinds=(3, 3), noise=(3, 3), max_value=20)
 story |= dict(theme="harbor", level="medium", mode="forward")
 task = GSMInfinite(ops=(1, 3), tokens=(40, 56), window=56, **story)
@@ -265,7 +266,7 @@ taught = {
     "insert-all": (last | inserted, "fast-weight blocks inserted into the transformer, everything at once"),
     "insert-warmup": (last | inserted | dict(trains="fast-then-all"), "the same, fast-weight blocks first"),
 }
-best = {  # arm: the rates of the comparison, the best of seed 0 for N = 1 and for N = 4
+best = {  # arm: the rates for the comparison, the best on seed 0 for N = 1 and for N = 4
     "scratch": "1.6e-2 4e-3",
     "all": "8e-3 4e-3",
     "warmup": "1.6e-2 4e-3",
@@ -284,7 +285,7 @@ name, parts = "gsm_infinite-taught-scratch-1.6e-2", dict(passes=(1,), seeds=(1, 
 about = f"{name} without sleep, run on for the training FLOPs of N = 4"
 _vary(name, f"{name}-long", {"train.steps": 2007, "train.decay": 669}, about, **parts)
 
-# The paper's third experiment, on the models that it takes.  How long it trains, the paper does not say.
+# The paper's third experiment, on the paper's models.  The paper does not say how long they are trained.
 ouro, jet, qwen = "ByteDance/Ouro-1.4B", "jet-ai/Jet-Nemotron-2B", "Qwen/Qwen3.5-0.8B"
 low = dict(precision="bfloat16", checkpoint=True, save_every=50)
 full = TrainConfig(2000, 256, muon_lr=1e-3, decay=400, eval_every=100, eval_batch=200, **low)

@@ -1,4 +1,4 @@
-"""A queue that anyone can run: what is missing of a task's runs, one niced process a core, resumable."""
+"""A queue that anyone can run: the missing runs of a task, one niced process a core, resumable."""
 
 import os
 import re
@@ -28,8 +28,9 @@ from .threads import cores
 def runs_of(experiment, out=None, seeds=None):
     """What has become of every run of a preset: ``{(N, seed): (state, steps)}``.
 
-    In the order in which they are made, seed by seed and the longest first.  A state is "done", "failed" (it
-    diverged, and would again), "to do", or "begun": a checkpoint waits to be resumed, or a process is at it.
+    They are in the order in which they are made: seed by seed, and the longest first.  A state is "done",
+    "failed" (it diverged, and would again), "to do", or "begun": a checkpoint waits to be resumed, or a
+    process is working on it.
     """
     out = records.results_dir() if out is None else out  # what was shipped is not what was made here
     found = {(r["passes"], r["seed"]): r for r in records.own_records(experiment, out)}
@@ -46,11 +47,11 @@ def runs_of(experiment, out=None, seeds=None):
 
 
 def core_hours(out=None):
-    """What each run takes on this processor: ``{(preset, N): (core-hours, whether measured)}``.
+    """How long each run takes on this processor: ``{(preset, N): (core-hours, whether measured)}``.
 
-    Measured is the median of the finished runs of this preset and N.  Where there are none, it is what the
-    run's operations take at the median speed of the task's runs that were finished here; left out are a task
-    without any, a rival of sleep, and everything where there is a GPU.
+    A measured cost is the median over finished runs of this preset and N.  Where there are none, it is
+    estimated: what the run's operations take at the median speed of the task's runs that were finished here.
+    No estimate is made for a task without any, or for a rival of sleep.  With a GPU the dict is empty.
     """
     here, took, speeds, work = records.processor().rpartition(",")[0], {}, {}, {}
     if torch.cuda.is_available():
@@ -73,13 +74,13 @@ def core_hours(out=None):
 
 
 def shares(jobs):
-    """The processor cores in `jobs` shares; none where the system cannot bind a thread to cores."""
+    """The processor cores in `jobs` shares; none if these are fewer, or a thread cannot be bound to cores."""
     own = cores() if hasattr(os, "sched_setaffinity") else []
     return [set(own[i::jobs]) for i in range(jobs)] if len(own) >= jobs else []
 
 
 def pin_to_cores(left):
-    """Bind this thread, and the processes that it starts, to a share of its own: none moves, none waits."""
+    """Bind this thread and the processes that it starts to a share of its own: none moves or waits."""
     if left:
         os.sched_setaffinity(0, left.pop())
 
@@ -87,10 +88,10 @@ def pin_to_cores(left):
 def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, out=None, keep=None, say=print):
     """Run every N and seed of ``<task>-<scale>`` and its variants that has no record of its end yet.
 
-    At most `jobs` at a time (if absent one a core, or one on a GPU), for `seeds` (if absent the presets');
-    `overwrite`, `out` and `keep` as in :func:`sleeplib.run`.  A run that was stopped goes on where it was.
-    The processes are niced: whoever works on the machine goes first.  `say` is told, line by line, what is
-    done and how many hours are left.  Returns the experiments and the exit codes.
+    At most `jobs` run at a time (if absent, one a core, or one if there is a GPU), for `seeds` (if absent the
+    presets'); `overwrite`, `out` and `keep` are as in :func:`sleeplib.run`.  A run that was stopped goes on
+    from there.  The processes are niced: anyone working on the machine goes first.  `say` is told, line by
+    line, what is done and how many hours are left.  Returns the experiments and the exit codes.
     """
     name = f"{task}-{scale}"
     chosen = [e for n, e in PRESETS.items() if f"{n}-".startswith(f"{name}-")]
@@ -127,8 +128,8 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
     running, codes, stopped, one = [], [], threading.Event(), threading.Lock()
 
     def finish(command):
-        # A group of its own: Ctrl-C in a terminal would reach it, and then the signal that is sent below.
-        with one:  # none begins once those in hand have been told
+        # A group of its own: else Ctrl-C in a terminal would reach it, then the signal that is sent below.
+        with one:  # none begins once the running ones have been told to stop
             if stopped.is_set():
                 return 128 + signal.SIGINT
             process = subprocess.Popen(command, env=environment, process_group=0)
@@ -138,7 +139,7 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
         return code
 
     def stop():
-        """Tell the runs in hand: each stops after its step and saves a checkpoint, told twice at once."""
+        """Stop all runs: each ends its step and saves a checkpoint; told twice, it stops at once."""
         with one:
             stopped.set()
             for process in running if os.name == "posix" else ():  # elsewhere Ctrl-C has reached them
@@ -166,7 +167,7 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
 
 @contextmanager
 def _stopped_by_signals():
-    """Let SIGTERM and a terminal that closes stop what Ctrl-C stops; only a main thread may say so."""
+    """Let SIGTERM and a closing terminal do what Ctrl-C does; only the main thread may set that up."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)  # which, for the exit code

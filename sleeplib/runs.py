@@ -1,4 +1,4 @@
-"""A run from start to record: checkpoints that resume to the bit, one JSON file at the end."""
+"""A run from start to record: checkpoints that resume bit for bit, one JSON file at the end."""
 
 import shlex
 from functools import partial
@@ -54,15 +54,15 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     resume : bool
         Go on from the run's checkpoint, if there is one; the record of a finished run is returned as it is.
     overwrite : bool
-        Train anew though there is a finished record, or a run that was stopped.  A finished record stands
-        until the new run has come to an end, be it that it diverged.
+        Train again although there is a finished record, or a run that was stopped.  A finished record stands
+        until the new run has come to an end, even if that is divergence.
     stop_after : int, optional
-        Stop after that many steps more; the checkpoint stays for the next call.
+        Stop after that many more steps; the checkpoint stays for the next call.
     keep : path_like, optional
         Folder for the trained model of a finished run, in half precision: ``<preset>/N<passes>-seed<seed>``.
     threads : int, optional
-        For PyTorch, while the run lasts.  If absent, those of the checkpoint; else, on a CPU, as many as help
-        on a few sequences, unless the environment says a number (see :mod:`sleeplib.threads`).
+        For PyTorch, while the run lasts.  If absent, as many as the checkpoint says; without one, on a CPU,
+        as many as help on a few sequences, unless the environment sets one (see :mod:`sleeplib.threads`).
     progress : bool
         Show a progress bar in a terminal or notebook.
 
@@ -75,8 +75,8 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     ------
     ValueError, OSError
         Before the first step: an argument does not fit, `out` or `keep` cannot be written, a checkpoint is
-        damaged or foreign, or something stands in the way: a finished record, one of another configuration,
-        or the checkpoint of a run that was stopped.
+        damaged or of another run, or something stands in the way: a finished record, a record of another
+        configuration, or the checkpoint of a run that was stopped.
 
     Chapter: 11_rule110
     """
@@ -112,7 +112,7 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
     command += f" --micro-batches {parts}" * (micro_batches is not None or parts > 1)
     command += f" --threads {threads}" * (threads is not None)
     command += "".join(f" --set {shlex.quote(change)}" for change in experiment.changes())
-    # Tries are for one process: where weights lie in parts, a call waits for all.
+    # Thread counts are tried by one process: where weights lie in parts, a call waits for all processes.
     probe = trainer.probe if trainer.device.type == "cpu" and not trainer.sharded else None
     with cpu.chosen(threads or found.get("threads"), probe) as choice:
         status = trainer.run(stop_after, partial(_save, trainer, checkpoint), progress, choice.step_took)
@@ -134,7 +134,7 @@ def run(experiment, passes, seed=0, device="auto", out=None, *, resume=False, ov
 
 
 def _save(trainer, checkpoint):
-    """Write a checkpoint.  At the end of training the record is what counts: it is tried without one, too."""
+    """Write a checkpoint.  If that fails at the end of training, go on: the record is what counts."""
     try:
         save_checkpoint(trainer, checkpoint)
     except OSError:
@@ -143,7 +143,7 @@ def _save(trainer, checkpoint):
 
 
 def _standing(path, experiment, overwrite):
-    """The finished record at `path` that must stay, or None; ValueError if one of another configuration."""
+    """The finished record at `path` that must stay, or None; ValueError if it has another configuration."""
     if not path.exists():
         return None
     old = records.load_record(path)

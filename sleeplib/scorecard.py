@@ -1,8 +1,8 @@
 """The paper's claims beside what our records show, and a verdict that follows a rule, not a mood.
 
-A comparison of several N is judged only if it is fair: at the paper's settings, at a rate that was chosen for
-N = 1, or each N at a rate that was chosen for it, on seeds that are not judged.  Every step of an order gets
-a difference with its interval, paired by seed.
+A comparison of several N is judged only if it is fair: at the paper's settings, or at a rate that was chosen,
+for N = 1 or for each N by itself, on seeds that are not judged.  Every step of an order gets a difference
+with its interval, paired by seed.  A difference is none if it is surely smaller than MARGIN.
 
 ==========  ==============================================================================================
 verdict     when
@@ -13,8 +13,6 @@ not         a step or the whole goes the other way by more than its interval, or
 open        neither: the runs cannot tell; a single seed never can
 not judged  no fair comparison has been run
 ==========  ==============================================================================================
-
-A difference is none if it is surely smaller than MARGIN.
 """
 
 import json
@@ -33,8 +31,8 @@ MARGIN = 0.02
 def score(final, how):
     """What a run is worth for a claim, from its final metrics.
 
-    `how` is one of their names; or ``{"learned": share}``, the number of hops, fewest first, that are
-    answered by that share; or "deep", the accuracy at the deeper half of the questions.
+    `how` is the name of one of them; or ``{"learned": share}``, the number of hops up to which, from the
+    fewest on, accuracy reaches that share; or "deep", the mean accuracy at the deeper half of the questions.
     """
     if isinstance(how, str) and how in final:
         return final[how]
@@ -46,23 +44,25 @@ def score(final, how):
 
 
 def difference(a, b):
-    """Scores `b` minus scores `a`, both by seed, as an Interval: an endless one below two shared seeds."""
+    """Scores `b` minus scores `a`, both by seed, as an Interval: endless with fewer than two shared seeds."""
     shared = a.keys() & b.keys()
     if len(shared) < 2:
         a, b = ({seed: x[seed] for seed in shared or x} for x in (a, b))
         return Interval(mean(b.values()) - mean(a.values()), inf, len(shared))
     found = paired_interval(a, b)
     whole = all(isinstance(x, int) for x in (*a.values(), *b.values()))
-    # Seeds often agree on a number of hops; that does not make it certain.
+    # Seeds often agree on a number of hops; that does not make the difference certain.
     return replace(found, half=max(found.half, 1 / found.seeds)) if whole else found
 
 
 def judge(claim, out=None):
     """Judge one claim, an entry of ``data/paper/claims.json``, by the first of its runs that can be compared.
 
-    Its `runs` list what can bear on it, the paper's own first, marked as `full`: `presets`, the `seeds`
-    that no setting was chosen on, and a `note` on what they can show; `score` is as in :func:`score`.
-    Gives a dict of ``figure``, ``claim``, ``paper``, ``ours`` (the mean for each N or t; if nothing was
+    Its `runs` list what can bear on it, those at the paper's own settings first, marked as `full`.  Each
+    entry has `presets` and may have the `seeds` on which no setting was chosen, and a `note` on what it can
+    show; the claim's `score` is as in :func:`score`.
+
+    Returns a dict of ``figure``, ``claim``, ``paper``, ``ours`` (the mean for each N or t; if nothing was
     compared, the claim's own `note`), ``steps``, ``whole`` (an :class:`Interval`), ``scale``, ``seeds``,
     ``device``, ``verdict`` and ``commands``, what made the runs; `out` is as in :func:`load_records`.
 
@@ -103,7 +103,7 @@ def judge(claim, out=None):
 
 
 def verdict(steps, whole, way, full):
-    """The verdict of the table above; `way` is 1 if a claim is that scores rise, -1 if that they fall.
+    """The verdict by the table above; `way` is 1 if the claim is that scores rise, -1 if that they fall.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def verdict(steps, whole, way, full):
 
 
 def scorecard(out=None):
-    """Judge every claim of ``data/paper/claims.json``: a list of the dicts of :func:`judge`.
+    """Judge every claim of ``data/paper/claims.json``; return a list of the dicts of :func:`judge`.
 
     Chapter: 14_scorecard
     """

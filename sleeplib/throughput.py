@@ -19,7 +19,7 @@ from .model import HybridLM, ModelConfig
 def windows_at_once(model, inputs, window):
     """Logits of the last window, all windows read side by side: N = 1 with "keys" eviction, in parallel.
 
-    Attention has the windows of inputs (B, T) in its batch; fast weights and convolutions run through all T.
+    Attention takes the windows of inputs (B, T) as a batch; fast weights and convolutions run through all T.
     """
     h, state = model.embed(inputs), model.initial_state(len(inputs))
     context = (inputs.shape[1] - 1) // window * window
@@ -36,8 +36,9 @@ def windows_at_once(model, inputs, window):
 def step_cost(**settings):
     """Cost of forward and backward of one batch on one thread, in a process of its own: dict of float.
 
-    ``tokens_per_second`` are tokens a second of processor time, the fastest of `repeats` steps, which other
-    programs disturb little; ``peak_bytes`` is memory above that of a step of one small window (Linux).
+    ``tokens_per_second`` counts tokens per second of processor time, which other programs disturb little, in
+    the fastest of `repeats` steps; ``peak_bytes`` is the memory above that of a step on one sequence of one
+    window (Linux).
     Settings and their defaults are those of :func:`_step_cost`.
 
     Chapter: 10_training
@@ -94,7 +95,7 @@ def _step_cost(
 
 
 # Ouro-1.4B's shape (24 blocks, width 2048) with six Jet blocks, and the text of the paper's Figure 6.  The
-# paper's Jet layers have no MLP, ours have one.
+# paper's Jet layers have no MLP; these have one.
 FIGURE6 = dict(vocab_size=49_152, d_model=2048, num_heads=16, mlp_size=5632, pattern="aaaaj" * 6)
 TEXT, LENGTHS = 12_000, (1000, 2000, 4000)
 
@@ -110,10 +111,10 @@ def _figure6_loss(model, inputs, labels, window, passes, at_once, checkpoint):
 
 
 def _predicted(config, window, naps, passes):
-    """FLOPs of forward and backward of one text, and bytes kept: of all of it, and of one nap.
+    """FLOPs of forward and backward of one text, and bytes kept: for all of it, and for one nap.
 
     Each kind of block is visited once on the meta device, where nothing is computed, and its cost multiplied
-    by its visits.  That nobody reads the last h of a nap is left out.
+    by the number of its visits.  It is not taken into account that nobody reads the last h of a nap.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,10 +144,10 @@ def _predicted(config, window, naps, passes):
 def figure6(dry_run=False, repeats=3):
     """Throughput of training at the paper's Figure 6: on one GPU, or as a dry run its predicted cost.
 
-    For windows of 1,000, 2,000 and 4,000 tokens and N = 1, 2 and 4: forward, backward with recomputation of
-    windows, in bfloat16, at the best of the batch sizes 1, 2, 4, ... that fit; for N = 1 also all windows at
-    once.  A dry run prints the operations and the bytes kept, in float32 and without recomputation and with,
-    and times a small shape on the CPU.
+    For windows of 1,000, 2,000 and 4,000 tokens and N = 1, 2 and 4: forward, and backward with recomputation
+    of windows, in bfloat16, at the best of the batch sizes 1, 2, 4, ... that fit; for N = 1 also all windows
+    at once.  A dry run prints the operations and the bytes kept (in float32), both without recomputation and
+    with it, and times a small shape on the CPU.
 
     Chapter: 10_training
     """

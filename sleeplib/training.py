@@ -1,4 +1,4 @@
-"""The one visible training loop: Muon and AdamW, the same data for every N, resumable to the bit."""
+"""The one visible training loop: Muon and AdamW, the same data for every N, resumable bit for bit."""
 
 import hashlib
 import math
@@ -35,7 +35,7 @@ def training_batch(task, train, seed, step):
 
 
 def data_hash(*batches):
-    """Sixteen hex digits of the tokens and labels of some batches."""
+    """Sixteen hex digits that stand for the tokens and labels of some batches."""
     tokens = [x.numpy().astype("<i8").tobytes() for batch in batches for x in (batch.inputs, batch.labels)]
     return hashlib.sha256(b"".join(tokens)).hexdigest()[:16]
 
@@ -54,20 +54,20 @@ class Trainer:
     micro_batches : int, optional
         Parts in which a batch is read, one after the other, where all of it does not fit into memory.  The
         gradient is that of the whole batch but for rounding; no part is captured as a CUDA graph.  If absent,
-        as few as fit into what is free of a GPU by :func:`fitting_parts`, but no fewer than in the checkpoint
-        that a run goes on from; on a CPU 1.
+        1 on a CPU, and on a GPU as few as fit into its free memory by :func:`fitting_parts`; but no fewer
+        than in the checkpoint that a run goes on from.
 
     Notes
     -----
-    Of several processes that torchrun has started (:mod:`sleeplib.processes`) each reads its part of every
-    batch, and all take the same step, that of the whole batch but for rounding.
+    If torchrun has started several processes (:mod:`sleeplib.processes`), each reads its part of every batch,
+    and all take the same step, that of the whole batch but for rounding.
 
     Attributes
     ----------
     model : HybridLM
     step : int
     curve : list of dict
-        Step, tokens, training loss since the entry before, held-out metrics.
+        Step, tokens, training loss since the previous entry, held-out metrics.
 
     Chapter: 11_rule110
     """
@@ -94,7 +94,7 @@ class Trainer:
             start_from(self.model, train.start.replace("{seed}", str(self.seed)))
         self.sharded = train.shard and self.world > 1
         if self.sharded:
-            if self.device.type == "cpu":  # a loop reads weights where they are: they could not be let go of
+            if self.device.type == "cpu":  # a loop reads weights in place, so they could not be freed
                 use_numba(False)
             processes.shard(self.model, self.device)
         else:
@@ -109,7 +109,7 @@ class Trainer:
         self.test = held_out(task, train.eval_batch, self.seed)
         self.data_hash = data_hash(first, self.test)
         low = train.precision == "bfloat16" and machine.multiplies_bfloat16(self.device)
-        self.precision = "bfloat16" if low else "float32"  # that runs, not that was asked for
+        self.precision = "bfloat16" if low else "float32"  # the one that runs, not the one asked for
         self.micro_batches = micro_batches if self.parts_given else self.fitting_parts()
         self.workers = 0 if self.device.type == "cpu" else min(4, len(cores()))
         self.batches = self.drawn = None  # batches drawn ahead, and the step that the next one is for
@@ -118,21 +118,21 @@ class Trainer:
         self.frozen = []  # parameters whose gradient is thrown away
 
     def fitting_parts(self):
-        """In how many parts a batch is read where nobody says: the same in all processes."""
+        """In how many parts a batch is read if nobody says: the same number in all processes."""
         if self.device.type != "cuda":
             return 1
         options, parts = (machine.free_bytes(self.device), self.precision, self.world), 1
-        with suppress(RuntimeError):  # a model of your own may want to see numbers: try it as it is
+        with suppress(RuntimeError):  # a model of your own may need numbers: try the whole batch
             parts = fitting_parts(self.experiment, self.passes, *options) or self.experiment.train.batch
         return processes.agreed(parts)
 
     def train_step(self, measure=False):
-        """One step of the loop: draw, loss and gradient, clip, update; if asked, measure where it is due."""
+        """Take one step: draw, loss and gradient, clip, update; measure where it is due, if asked."""
         train, (muon, adamw) = self.experiment.train, self.optimizers
         batch = self.next_batch()
         if self.trains != train.trains_at(self.step):
             self.trains = train.trains_at(self.step)
-            if self.sharded:  # which weights get a gradient is fixed once: later it is thrown away
+            if self.sharded:  # which weights get a gradient is fixed once: what else comes is thrown away
                 self.frozen = self.rest() if self.trains == "fast" else []
             else:
                 self.model.learn(self.trains)
@@ -199,7 +199,7 @@ class Trainer:
             return sleep_forward(self.model, inputs, labels, return_logits=False, **options).loss
 
     def probe(self):
-        """Loss and gradient of about a thousand tokens, thrown away: on them numbers of threads are tried."""
+        """Loss and gradient of a few sequences, thrown away: on them numbers of threads are tried."""
         with suppress(ValueError):  # what is wrong with the model, the loop will say
             self.loss(*(x.to(self.device) for x in self.sample)).backward()
         self.model.zero_grad()
@@ -216,8 +216,8 @@ class Trainer:
     def evaluate(self, batch):
         """Score on held-out data, with the eviction that training ends with.
 
-        On a GPU it takes four times as many sequences at a time as a part of a training step has, at most
-        256: nothing is kept for a backward pass.
+        On a GPU it takes four times as many sequences at a time as a part of a training step, but at most
+        256: nothing has to be kept for a backward pass.
         """
         task, train = self.experiment.task, self.experiment.train
         with self.diverging():
@@ -235,7 +235,7 @@ class Trainer:
 
     @contextmanager
     def diverging(self):
-        """Kernels refuse a NaN on the CPU: what they took a step ago, they refuse for its numbers alone."""
+        """Take what a kernel refuses after the first step for divergence: on the CPU it refuses a NaN."""
         try:
             yield
         except ValueError as error:
@@ -248,9 +248,9 @@ class Trainer:
     def run(self, stop_after=None, save=None, progress=True, step_took=None):
         """Train to the end, or for `stop_after` steps more; return "done" or what stopped it.
 
-        Ctrl-C and SIGTERM stop after the step in hand, a second one at once and without a checkpoint.  `save`
-        is called without arguments every ``save_every`` steps and at the end of the call, `step_took` after
-        each step with its seconds.
+        Ctrl-C and SIGTERM stop after the current step, a second one at once and without a checkpoint.  `save`
+        is called without arguments every ``save_every`` steps and at the end of the call, unless the run has
+        failed; `step_took` is called after each step with its seconds.
         """
         train = self.experiment.train
         more = train.steps if stop_after is None else integer("stop_after", stop_after, 1)
@@ -293,7 +293,7 @@ class Trainer:
         return now
 
     def whole_model(self):
-        """The model; where it lies in parts, a new one on the CPU, or None: all ask, the first gets it."""
+        """The model; if it lies in parts, all must ask: the first gets a copy on the CPU, the others None."""
         if not self.sharded:
             return self.model
         weights = processes.gathered(self.model.state_dict())
@@ -309,9 +309,9 @@ class Trainer:
         return own | dict(config_hash=self.experiment.config_hash(), data_hash=self.data_hash)
 
     def snapshot(self):
-        """Everything that a later call needs to go on to the bit: tensors by name, and plain notes.
+        """Everything that a later call needs to go on bit for bit: tensors by name, and plain notes.
 
-        Of several processes all must ask; tensors are what :func:`gathered` gives each.
+        If there are several processes, all must ask; each gets the tensors that :func:`gathered` gives it.
         """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"losses": self.losses}
         for number, optimizer in enumerate(self.optimizers):
@@ -351,5 +351,5 @@ class Trainer:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.losses, self.step, self.curve = tensors["losses"].to(self.device), step, notes["curve"]
         self.seconds, self.peak_bytes = notes["seconds"], notes["peak_bytes"]
-        if not self.parts_given:  # else sums would be rounded in another order
+        if not self.parts_given:  # with fewer parts, sums would be rounded differently
             self.micro_batches = max(self.micro_batches, notes.get("micro_batches", 1))

@@ -1,4 +1,4 @@
-"""A rival of sleep: test-time training, gradient descent on the loss of a window's next tokens.
+"""A rival of sleep: test-time training, gradient descent on the next-token loss of a window.
 
 As in :mod:`sleeplib.baselines`, the model differs in what it does with a window asleep.
 """
@@ -19,7 +19,7 @@ from .state import LMState
 
 @dataclass(frozen=True)
 class TTTConfig(ModelConfig):
-    """A transformer that learns each window by heart: N steps of gradient descent in an MLP's weights.
+    """A transformer that learns each window by heart: N steps of gradient descent on an MLP's weights.
 
     Parameters
     ----------
@@ -30,10 +30,10 @@ class TTTConfig(ModelConfig):
 
     Notes
     -----
-    After E2E-TTT (arXiv 2512.23675): the MLPs of the last quarter of the blocks learn, here one of four,
+    After E2E-TTT (arXiv 2512.23675): the MLPs of the last quarter of the blocks learn (here that of one),
     each beside one that does not; the first weights are trained through the inner steps (second order).  Ours
-    differs: hard eviction at a window's end, as in every other arm; N steps a window and not one; the sum of
-    the losses and not their mean; learned rates.
+    differs: hard eviction at a window's end, as in every other arm; N steps a window, not one; the sum of the
+    losses, not their mean; learned rates.
 
     Chapter: 15_argument
     """
@@ -69,7 +69,7 @@ class TTTBlock(Block):
         self.log_rate = nn.Parameter(torch.full((3,), math.log(config.inner_lr)))
 
     def first_weights(self, batch_size):
-        """What every sequence starts from, (B, 3, D, F)."""
+        """The fast weight that every sequence starts from, (B, 3, D, F)."""
         W = torch.stack((self.first.gate.weight.T, self.first.up.weight.T, self.first.down.weight))
         return W.expand(batch_size, *W.shape)
 
@@ -79,7 +79,7 @@ class TTTBlock(Block):
         return h + y, after._replace(S=memory.S)
 
     def feed(self, h, weights):
-        """The second half: both MLPs, the one with the weights gate, up and down given, (B, D, F) each."""
+        """The second half: both MLPs, the second with the given weights gate, up and down, (B, D, F) each."""
         gate, up, down = weights
         x = self.mlp_norm(h)  # (B, T, D)
         return h + self.mlp(x) + F.silu(x @ gate) * (x @ up) @ down.mT
@@ -91,13 +91,13 @@ class TTTBlock(Block):
 
 
 class TestTimeTrained(HybridLM):
-    """A transformer one of whose MLPs goes on learning while it reads.
+    """A transformer with an MLP that goes on learning while it reads.
 
     Chapter: 15_argument
     """
 
     config_class = TTTConfig
-    __test__ = False  # no test class of pytest's
+    __test__ = False  # not a test class for pytest
 
     def __init__(self, config):
         super().__init__(config)
@@ -117,7 +117,7 @@ class TestTimeTrained(HybridLM):
     def consolidate(self, tokens, state, passes, window=None):
         """Read a window once, and take N steps on the cross-entropy of its tokens 2, 3, ...
 
-        A RuntimeError under :class:`torch.inference_mode`, where nothing can learn.
+        It is a RuntimeError under :class:`torch.inference_mode`, where nothing can learn.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this model takes gradient steps while it reads: use torch.no_grad")
@@ -127,9 +127,9 @@ class TestTimeTrained(HybridLM):
         h, memories[-1] = block.attend(h, memories[-1], window)
         weights, rates = memories[-1].S.unbind(1), block.log_rate.exp()
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (h, rates, *weights))
-        # The kernels' gradients have no gradients: what is differentiated twice is plain PyTorch.
+        # The kernels' gradients have no gradients of their own: what needs those is plain PyTorch.
         with torch.enable_grad(), use_numba(False):
-            # A state that was cut off, or weights that are not trained, are a leaf to take steps from.
+            # A detached state, or weights that are not trained, become leaves to take steps from.
             weights = [W if trained and W.requires_grad else W.detach().requires_grad_() for W in weights]
             for _ in range(passes):
                 logits = self.readout(block.feed(h, weights))[:, :-1].flatten(0, 1)

@@ -29,9 +29,9 @@ def frame_slider(frames, labels, alt, title, **options):
     frames : list of matplotlib.figure.Figure
         They are closed.
     labels : list of str
-        What the slider says at each frame, such as ``"t = 3"``.
+        What the slider announces at each frame, such as ``"t = 3"``.
     alt : str or list of str
-        Text for readers who cannot see the frames; one text is joined to each label.
+        Text for readers who cannot see the frames; a single text is put before each label.
     title : str
         Names the slider.
     **options
@@ -45,7 +45,7 @@ def frame_slider(frames, labels, alt, title, **options):
     Raises
     ------
     ValueError
-        If there are no frames, or not one label and one alt text for each.
+        If there are no frames, or not exactly one label and one alt text for each.
     """
     frames, labels = list(frames), [str(label) for label in labels]
     alts = [f"{alt} {label}" for label in labels] if isinstance(alt, str) and alt.strip() else list(alt)
@@ -66,7 +66,7 @@ class FrameSlider:
         self.pictures, self.labels, self.title = pictures, labels, title
 
     def _repr_html_(self):
-        # A page may hold any number of sliders, so each has a name of its own; pixels are left out of it.
+        # A page may hold any number of sliders, so each has an id of its own, made from its words.
         words = [self.title, *self.labels, *(re.sub('src="[^"]*"', "", p) for p in self.pictures)]
         identity = f"frames-{hashlib.sha256(chr(10).join(words).encode()).hexdigest()[:8]}"
         title, first = html.escape(self.title), html.escape(self.labels[0])
@@ -105,9 +105,9 @@ _ON_REVEAL = (
 
 
 def predict(labels, measured, title):
-    """Ask the reader for a guess at each of a few shares, and show the measured ones only when asked.
+    """Ask the reader to guess a few shares, and show the measured ones only on demand.
 
-    It works without a kernel and without a network: sliders for the guess, a curve, and a part to unfold.
+    It works without a kernel and without a network: sliders for the guess, a curve, and details to unfold.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def predict(labels, measured, title):
     Raises
     ------
     ValueError
-        If there are fewer than two labels, not one share for each, or a share outside 0 to 1.
+        If there are fewer than two labels, not exactly one share for each, or a share outside 0 to 1.
     """
     labels, measured = [str(label) for label in labels], [float(x) for x in measured]
     if len(labels) < 2 or len(labels) != len(measured):
@@ -190,7 +190,7 @@ def interact_or_frames(draw, name, values, alt, live=None, title=None, **options
     Parameters
     ----------
     draw : callable
-        Takes one value, returns a figure.
+        Takes one value and returns a figure.
     name : str
         What is moved; an argument name for `interact`.
     values : sequence
@@ -198,7 +198,7 @@ def interact_or_frames(draw, name, values, alt, live=None, title=None, **options
     alt : str or callable
         Alt text; a callable takes the value.
     live : optional
-        What `interact` moves over, finer than `values` perhaps, such as ``(0, 32)``; `values` if absent.
+        What `interact` moves over, perhaps finer than `values`, such as ``(0, 32)``; `values` if absent.
     title : str, optional
         Names the slider to a reader; `name` if absent.
     **options
@@ -223,7 +223,7 @@ def interact_or_frames(draw, name, values, alt, live=None, title=None, **options
 
 
 def building():
-    """Whether pages are being built or checked: then outputs must not depend on a live kernel."""
+    """Whether pages are being built or checked, or IPython is not there: outputs then need no live kernel."""
     if os.environ.get("SLEEPLIB_BUILDING"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""A pretrained model behind the interface of sleep: its own modules, run with their memory in sight."""
+"""A pretrained model behind the interface of sleep: its own modules, run with their memory exposed."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -18,16 +18,16 @@ FAMILIES = {}  # config.model_type -> subclass of PretrainedLM
 
 @dataclass(frozen=True)
 class Insert:
-    """Layers of fast weights to put between those of a model that has too few, or none.
+    """Layers of fast weights to insert between those of a model that has too few, or none.
 
     Parameters
     ----------
     after : tuple of int
-        Numbers of the original's layers, from 0, after each of which one is put.
+        Numbers of the original's layers, from 0, after each of which a new one is inserted.
     num_heads, key_size, value_size : int
         H, K and V of each.
     dynamic : bool
-        Jet layers, as the paper puts into Ouro; else gated delta layers.
+        Whether they are Jet layers, like those the paper puts into Ouro; else gated delta layers.
     conv_taps : int
         Length of their convolutions.
 
@@ -56,9 +56,9 @@ class Insert:
 
 
 class InsertedBlock(nn.Module):
-    """A layer of fast weights of our own between two of the original's: it starts as the identity.
+    """A layer of fast weights of our own between two layers of the original; it starts as the identity.
 
-    It computes in the precision of its own weights, also where those of the original are bfloat16.
+    It computes in the precision of its own weights, even where those of the original are bfloat16.
 
     Chapter: 16_pretrained
     """
@@ -81,8 +81,8 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
     """A decoder of Hugging Face's transformers that can be put to sleep.
 
     Embedding, norms, projections and feed-forward layers are the original's own modules, called as such, so
-    whatever wraps or hooks them is heard; attention, convolutions and recurrences are ours, so that keys,
-    contexts and fast weights go in and come out, and gradients flow through them.
+    whatever wraps or hooks them still takes effect.  Attention, convolutions and recurrences are ours, so
+    that keys, contexts and fast weights go in and come out, and gradients flow through them.
 
     Parameters
     ----------
@@ -94,8 +94,8 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
     insert : Insert, optional
         Layers of fast weights to add.
     padding : int, optional
-        A token that is padding where it stands before a sequence: nobody attends to it, and it writes
-        nothing.  Every other token, and this one if absent, is read.
+        A token that is padding wherever it occurs: nobody attends to it, and it writes nothing.  Every other
+        token is read; if absent, every token is.
     backend : str
         Backend of the recurrences, see :func:`gated_delta_rule`.
 
@@ -110,7 +110,7 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
     remembers of it is an age below 0 in :class:`Memory`, which no query sees.  So it needs no argument of its
     own on the way through sleep.
 
-    A family says how it is run by overriding :meth:`make_blocks` and, where need be, the methods around it.
+    A family says how it is run by overriding :meth:`make_blocks` and, if need be, other methods.
 
     Chapter: 16_pretrained
     """
@@ -130,7 +130,7 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
         if self.head.weight is self.embedding.weight:  # one tensor, one name
             self.register_state_dict_post_hook(_forget_head)
             self.register_load_state_dict_pre_hook(_recall_head)
-        self.rotary = getattr(body, "rotary_emb", None)  # here it moves along to another device
+        self.rotary = getattr(body, "rotary_emb", None)  # a submodule: it moves along to another device
         own = self.make_blocks(body, padded=padding is not None, backend=backend)
         loop = self.default_loop(len(own)) if loop is None else loop
         self.native_loop = block_range("loop", loop, len(own))
@@ -153,7 +153,7 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
         """One block for each decoder layer of `body`: a list of modules with a ``fast_shape``."""
 
     def default_loop(self, depth):
-        """The layers that passes repeat if nobody says: all `depth` of them."""
+        """The layers that passes repeat if no loop is given: all `depth` of them."""
         return 0, depth - 1
 
     @property
@@ -190,7 +190,7 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
         return self.head(self.norm(h))
 
     def is_added(self, name):
-        """Whether a parameter or module of this name is no part of the original."""
+        """Whether the parameter or module of this name is not part of the original."""
         number = name.split(".")[1] if name.startswith("layers.") else None
         return ".lora_" in name or number is not None and isinstance(self.layers[int(number)], InsertedBlock)
 
@@ -199,14 +199,14 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
         return [p for name, p in self.named_parameters() if not self.is_added(name)]
 
     def fast_parameters(self):
-        """What the paper trains first: inserted layers, or where there are none all that hold an S."""
+        """What the paper trains first: inserted layers or, if there are none, all blocks that hold an S."""
         chosen = self.inserted or [block for block in self.layers if block.fast_shape]
         names = {id(p): name for name, p in self.named_parameters()}
         found = [p for block in chosen for p in block.parameters()]
         return [p for p in found if self.may_learn(names[id(p)])]
 
     def may_learn(self, name):
-        """Whether a parameter is ever trained: low-rank differences learn in the place of the original."""
+        """Whether a parameter is ever trained: low-rank differences learn in place of the original."""
         return self.lora is None or self.is_added(name)
 
     def save(self, folder):
@@ -216,7 +216,7 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
         save(self, folder)
 
     def settings(self):
-        """What, beside the original, this model is made of: plain data, as a checkpoint keeps it."""
+        """What this model is made of besides the original: plain data, as a checkpoint keeps it."""
         insert = self.insert and dataclasses.asdict(self.insert)
         return dict(loop=list(self.native_loop), insert=insert, padding=self.padding)
 
@@ -231,7 +231,7 @@ def _recall_head(model, state, prefix, *_):
 
 
 def family(*model_types):
-    """Enter a subclass of :class:`PretrainedLM` for these ``config.model_type``."""
+    """Register a subclass of :class:`PretrainedLM` for these values of ``config.model_type``."""
 
     def enter(cls):
         FAMILIES.update(dict.fromkeys(model_types, cls))

@@ -1,6 +1,6 @@
 """Models that transformers does not have, as weights under their own names; how they run is said elsewhere.
 
-So a checkpoint is read without running code that came with it.
+Thus a checkpoint is read without running the code that came with it.
 """
 
 from torch import nn
@@ -36,7 +36,7 @@ class BareForCausalLM(PreTrainedModel):
 
 
 def register(model):
-    """A decorator: tell transformers of a :class:`BareForCausalLM`, whose checkpoints it then reads."""
+    """Tell transformers of a :class:`BareForCausalLM`, whose checkpoints it can then read; a decorator."""
     AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
     AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
     return model

@@ -11,7 +11,7 @@ from ..checks import LARGEST
 from ..layers import attend, check_fast, newest
 from ..state import Memory
 
-HIDDEN = -(2**40)  # the age of a key that nobody may see: it stays below 0 however long the stream
+HIDDEN = -(2**40)  # the age of a key that nobody may see: it stays below 0 however long the stream is
 
 
 class Block(nn.Module, ABC):
@@ -21,7 +21,7 @@ class Block(nn.Module, ABC):
     ----------
     layer : torch.nn.Module
         The decoder layer, with a feed-forward layer ``mlp``.  Its parts are looked up by name at each call:
-        one that was wrapped meanwhile is called as it is now.
+        one that has been wrapped since is called with its wrapping.
     padded : bool
         Whether rows of h that are zero are padding, and stay so.
     norms : tuple of (str or None)
@@ -66,7 +66,7 @@ def _kept(y, real):
 
 
 class AttentionBlock(Block):
-    """A layer of softmax attention: grouped keys, and where it has them a gate, norms of q and k.
+    """A layer of softmax attention: grouped keys, and, if it has them, a gate and norms of q and k.
 
     Parameters
     ----------
@@ -75,9 +75,9 @@ class AttentionBlock(Block):
     num_heads : int
         Heads of queries; keys and values may have fewer.
     rotary : torch.nn.Module or None
-        The original's table of angles, ``rotary(x, positions) -> (cos, sin)``; None without positions.
+        The original's table of angles, ``rotary(x, positions) -> (cos, sin)``; None if it uses no positions.
     own_window : int, optional
-        A query sees its newest so many keys, whatever the caller says.
+        A query sees at most this many of its newest keys, even if the caller allows more.
 
     Chapter: 16_pretrained
     """
@@ -149,8 +149,8 @@ class AttentionBlock(Block):
 def rotate(q, k, rotary):
     """Turn q (B, T, H, K) and k (B, S, fewer H, K) by the original's angles, the oldest key at position 0.
 
-    Only differences of positions matter; counted from the oldest key the angles stay small.  Of a partial
-    rotary the first coordinates turn and the rest stay.
+    Only differences of positions matter; counted from the oldest key, the angles stay small.  If the rotary
+    is partial, the first coordinates turn and the rest stay.
     """
     S = k.shape[1]
     cos, sin = rotary(k, torch.arange(S, device=k.device).unsqueeze(0))
@@ -192,7 +192,8 @@ class RuleBlock(Block):
     def heads(self, x, memory):
         """Map x (B, T, D) to q and k (B, T, H, K), v and a gate (B, T, H V), b and a, and the next context.
 
-        b and a (B, T, H) make beta and decay; the context is that of :class:`Memory`, whose old one to check.
+        b and a (B, T, H) make beta and decay; the context is the ``conv`` of :class:`Memory`, and the old one
+        is to be checked.
         """
 
     def mix(self, x, memory, window, write_only, real):
@@ -214,7 +215,7 @@ class RuleBlock(Block):
 
 
 class DeltaBlock(RuleBlock):
-    """Several value heads to a key head, all behind a short convolution, as transformers' hybrids have them.
+    """Several value heads for each key head, all behind a short convolution, as in transformers' hybrids.
 
     Parameters
     ----------
@@ -236,7 +237,7 @@ class DeltaBlock(RuleBlock):
         """
 
     def heads(self, x, memory):
-        """Project, convolve, and give each value head the keys that it shares."""
+        """Project, convolve, and give each value head the queries and keys that it shares."""
         m, (H, K, _) = self.layer.linear_attn, self.fast_shape
         qkv, gate, b, a = self.read(x)
         filters = m.conv1d.weight.squeeze(1).T.contiguous()  # (taps, C)

@@ -1,4 +1,4 @@
-"""A pretrained model as the frozen value that an experiment keeps, in the place of a ModelConfig."""
+"""A pretrained model as the frozen value that an experiment keeps in place of a ModelConfig."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from .published import PUBLISHED, on_meta
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """Which pretrained model an experiment fine-tunes, and how it is made ready for sleep.
+    """Which pretrained model an experiment fine-tunes, and how it is prepared for sleep.
 
     Parameters
     ----------
@@ -22,7 +22,8 @@ class PretrainedConfig:
     vocab_size : int
         Rows of its embedding, so that a task can be checked against it before anything is loaded.
     padding : int, optional
-        If absent what :class:`TokenizedGSM` pads with: the tokenizer's padding, or its end of text.
+        If absent, what :class:`TokenizedGSM` pads with: the tokenizer's padding, or else its end of text, or
+        else 0; for a model that was saved, what it was saved with.
     loop, insert, lora, dtype, revision, trust_remote_code, backend
         As :func:`load` takes them.
 
@@ -44,7 +45,7 @@ class PretrainedConfig:
         object.__setattr__(self, "vocab_size", integer("vocab_size", self.vocab_size, 1))
 
     def build(self):
-        """Load the model; ValueError if its vocabulary is not of the size that is stated here."""
+        """Load the model; ValueError if its vocabulary does not have the size that is stated here."""
         found, options = self._found(), self._settings()
         if self.padding is None and not found.saved:
             tokenizer = load_tokenizer(found.base, self.trust_remote_code)
@@ -65,7 +66,7 @@ class PretrainedConfig:
             config = read_json(found.base / "config.json", "it is no folder of a model of transformers")
             options, saved = found.settings, found.saved
         if options["padding"] is None and not saved:
-            options["padding"] = 0  # some token will be: which one changes no cost
+            options["padding"] = 0  # some token will be padding; which one does not change the cost
         return on_meta(config, dtype=self.dtype, **options)
 
     def _settings(self):

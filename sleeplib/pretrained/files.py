@@ -14,7 +14,7 @@ OFFERED = "a repository of huggingface.co, 'owner/name', or a folder"
 
 
 def fetch(source, revision=None, trust_remote_code=False, weights=True):
-    """The folder of a source, downloaded if it is a repository; an error that says what to do."""
+    """Return the folder of a source, downloaded if it is a repository; an error says what to do."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -49,7 +49,7 @@ def fetch(source, revision=None, trust_remote_code=False, weights=True):
 
 
 def read_json(file, what):
-    """The content of a JSON file; an error if it is missing or damaged."""
+    """Read a JSON file; an error, which ends with `what`, if it is missing; one too if it is damaged."""
     if not file.is_file():
         raise FileNotFoundError(f"source: {file} is missing; {what}")
     try:

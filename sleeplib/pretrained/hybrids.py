@@ -1,4 +1,4 @@
-"""Families of transformers: its Gated DeltaNet hybrids, and plain decoders, which need inserted layers."""
+"""Families in transformers: Gated DeltaNet hybrids, and plain decoders, which need inserted layers."""
 
 import inspect
 from functools import partial
@@ -12,7 +12,7 @@ POST_NORM = (None, "post_attention_layernorm", None, "post_feedforward_layernorm
 
 
 class NextDelta(DeltaBlock):
-    """The fast weights of Qwen3-Next: two projections, in which what belongs to a key head stands together.
+    """The fast weights of Qwen3-Next: two projections, each grouped by key head.
 
     Chapter: 16_pretrained
     """
@@ -65,7 +65,7 @@ class Hybrid(PretrainedLM):
     attention_norms = None
 
     def make_blocks(self, body, *, padded, backend):
-        """A block for each layer, of the kind that ``config.layer_types`` says."""
+        """A block for each layer, of the kind that ``config.layer_types`` names."""
         c = self.config
         if c.hidden_act != "silu":
             raise ValueError(f"original: its convolutions end in {c.hidden_act}; only silu is known here")
@@ -103,7 +103,7 @@ class Qwen35(Hybrid):
 
 @family("olmo_hybrid")
 class OlmoHybrid(Hybrid):
-    """Olmo Hybrid, whose attention layers have their norms behind them.
+    """Olmo Hybrid, whose attention blocks norm what mixer and feed-forward layer give, not what they read.
 
     Chapter: 16_pretrained
     """
@@ -112,7 +112,7 @@ class OlmoHybrid(Hybrid):
 
 
 class Plain(PretrainedLM):
-    """A decoder of attention layers alone, in the manner of Llama; it sleeps in layers that are inserted.
+    """A decoder of attention layers alone, built like Llama; it sleeps in layers that are inserted.
 
     Chapter: 16_pretrained
     """

@@ -36,7 +36,7 @@ class JetNemotronConfig(Qwen2Config):
 
 
 class JetMixer(nn.Module):
-    """The weights of a Jet layer: what projects, what decays, what makes the filters, what norms."""
+    """The weights of a Jet layer: of projections, decay, the generator of filters, and the norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -83,7 +83,7 @@ class JetNemotronModel(BareModel):
 
 @register
 class JetNemotronForCausalLM(BareForCausalLM):
-    """Jet-Nemotron's weights; how they are run is said by :class:`JetNemotron`.
+    """Jet-Nemotron's weights; :class:`JetNemotron` says how they are run.
 
     transformers has no Jet-Nemotron of its own, and the code that comes with the checkpoint needs Triton.
     """
@@ -92,7 +92,7 @@ class JetNemotronForCausalLM(BareForCausalLM):
 
 
 class JetBlock(RuleBlock):
-    """A Jet layer: values through a filter that the token asks for, queries and keys as they are.
+    """A Jet layer: values go through a filter that the token asks for, queries and keys through none.
 
     Chapter: 16_pretrained
     """
@@ -123,11 +123,11 @@ class JetNemotron(PretrainedLM):
     """
 
     def default_loop(self, depth):
-        """The middle half of the layers; in the paper 14 of 28, of which we read that they are 7 .. 20."""
+        """The middle half of the layers; in the paper 14 of 28, which we take to be 7 .. 20."""
         return depth // 4, depth - depth // 4 - 1
 
     def make_blocks(self, body, *, padded, backend):
-        """A block for each layer, of the kind that ``config.layer_types`` says."""
+        """A block for each layer, of the kind that ``config.layer_types`` names."""
         c = self.config
         heads, swa = c.num_attention_heads, (c.efficient_attention_config or {}).get("swa", {})
 

@@ -1,4 +1,4 @@
-"""Load and save: a repository or a folder becomes a model that can sleep, and what it learned a folder."""
+"""Load and save: from a repository or folder to a model that can sleep, and from that to a folder."""
 
 import json
 import os
@@ -30,16 +30,16 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     Parameters
     ----------
     source : str or path_like
-        ``"owner/name"`` of a repository, or a folder: of transformers' own files, or one that
+        ``"owner/name"`` of a repository, or a folder: one with transformers' own files, or one that
         :func:`save` has written.
     loop : tuple of (int, int), optional
         First and last layer of the original, from 0, that repeated passes run through.
     insert : Insert, optional
         Layers of fast weights to add; a model without any needs some.
     lora : LoRA, optional
-        Learn differences of low rank, beside whatever is inserted; the original's own weights stay.
+        Learn low-rank differences, besides whatever is inserted; the original's own weights stay as they are.
     padding : int, optional
-        The token that is padding; if absent the tokenizer's, where it is not also its end of text.
+        The token that is padding; if absent, the tokenizer's, unless that is also its end of text.
     dtype : {"float32", "bfloat16", "float64"}
         Precision of the original's weights.  What is added is float32, to learn in.
     device : str
@@ -54,14 +54,14 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     Returns
     -------
     PretrainedLM
-        With its ``tokenizer``, None if there is none.  It is in evaluation mode: dropout is off.
+        With its ``tokenizer``, or None if there is none.  It is in evaluation mode: dropout is off.
 
     Raises
     ------
-    ValueError, OSError, MemoryError
+    ValueError, OSError, MemoryError, ImportError
         If there is no such model, a file is missing or damaged, the network cannot be reached, the family is
-        unknown or has no fast weights, the tokenizer does not fit, or there is too little memory; the message
-        says what to do.
+        unknown or has no fast weights, the tokenizer does not fit, there is too little memory, or a package
+        is not installed; the message says what to do.
 
     Notes
     -----
@@ -97,9 +97,9 @@ class Found(NamedTuple):
     Attributes
     ----------
     folder, base : Path
-        Where the files of the source are, and those of transformers: the original's.
+        Where the files of the source are, and where the original's, in transformers' format, are.
     settings : dict
-        ``loop``, ``insert``, ``lora`` and ``padding``: those given or, if it was `saved`, those of then.
+        ``loop``, ``insert``, ``lora`` and ``padding``: those given or, if `saved`, those saved with it.
     saved : bool
         Whether :func:`save` has written the folder.
     origin : (str, str or None) or None
@@ -114,7 +114,7 @@ class Found(NamedTuple):
 
 
 def resolve(source, revision=None, trust_remote_code=False, weights=True, **given):
-    """Find the files of a source, fetched with `weights` or without, and its settings: a :class:`Found`."""
+    """Find the files of a source, fetched with or without `weights`, and its settings: a :class:`Found`."""
     folder = fetch(source, revision, trust_remote_code, weights)
     own = read_own(folder)
     if own is None:
@@ -141,13 +141,13 @@ def adapt(original, **options):
     Returns
     -------
     PretrainedLM
-        Of a family that is not one of ``FAMILIES`` it has been tried out that one pass without eviction gives
-        the original's logits.
+        If its family is none of ``FAMILIES``, a trial has shown that one pass without eviction gives the
+        original's logits (not on device "meta").
 
     Raises
     ------
     ValueError
-        If the family is none that can be run here, or the model has no fast weights.
+        If the family cannot be run here, or the model has no fast weights.
 
     Chapter: 16_pretrained
     """
@@ -179,7 +179,7 @@ def check_alike(model, original, length=12, tolerance=1e-3):
         return
     training = original.training
     tokens = torch.arange(1, length + 1, device=model.device).unsqueeze(0) * 7 % model.vocab_size
-    if model.padding is not None:  # the original reads it
+    if model.padding is not None:  # the original would read it
         tokens[tokens == model.padding] = model.padding - 1 if model.padding else 1
     theirs = original.eval()(tokens).logits.float()
     ours = model(tokens, model.initial_state(1))[0].float()
@@ -208,7 +208,7 @@ def enter_ours():
 
 
 def load_original(folder, dtype, trust_remote_code):
-    """The model of a folder, by transformers; an error unless every weight is found."""
+    """Load the model of a folder with transformers; an error unless every weight is found."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -237,7 +237,7 @@ def load_original(folder, dtype, trust_remote_code):
 
 
 def load_tokenizer(folder, trust_remote_code=False):
-    """The tokenizer of a folder, None if there is none."""
+    """The tokenizer of a folder, or None if there is none."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -260,20 +260,20 @@ def check_tokenizer(tokenizer, vocab_size):
 
 
 def save(model, folder, *, base=True):
-    """Write a model to a folder, from which :func:`load` makes it again.
+    """Write a model to a folder, from which :func:`load` can make it again.
 
     Parameters
     ----------
     model : PretrainedLM
     folder : path_like
     base : bool
-        Whether to write the original's weights too, in transformers' own format, which then can read them.
-        If not, what was added is written, and where the original came from: some megabytes.
+        Whether to write the original's weights too, in transformers' own format, so that it can read them.
+        If not, only what was added is written, and where the original came from: some megabytes.
 
     Raises
     ------
     ValueError
-        If `base` is False and the original's own weights may have changed, or came from nowhere.
+        If `base` is False and the original's weights may have changed, or nobody knows where they came from.
 
     Chapter: 16_pretrained
     """
@@ -302,7 +302,7 @@ def save(model, folder, *, base=True):
 
 
 def load_own(model, folder):
-    """Fill what was added to a model from a folder that :func:`save` has written."""
+    """Load what was added to a model from a folder that :func:`save` has written."""
     file = folder / OWN_WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"source: {file} is missing")

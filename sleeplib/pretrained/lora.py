@@ -14,9 +14,9 @@ class LoRA:
     Parameters
     ----------
     rank : int
-        Rows of A, columns of B.
+        Rows of A and columns of B.
     alpha : float
-        Factor.
+        The factor, before it is divided by `rank`.
 
     Notes
     -----
@@ -34,7 +34,7 @@ class LoRA:
 
 
 def add_lora(model, lora):
-    """Wrap every projection in the original's layers; their own weights stay, what is inserted still learns.
+    """Wrap every projection in the original's layers; their weights freeze, what is inserted still learns.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def add_lora(model, lora):
         for name, module in model.layers.named_modules()
         if isinstance(module, nn.Linear) and not model.is_added(f"layers.{name}")
     ]
-    # Into the list of layers, which has no configuration by which peft would choose more.
+    # Into the list of layers: it has no configuration that would let peft choose more.
     inject_adapter_in_model(
         LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names), model.layers
     )

@@ -1,4 +1,4 @@
-"""Ouro, a transformer that loops by itself: two norms a sublayer, and the final norm in the loop."""
+"""Ouro, a transformer that loops by itself: two norms for each sublayer, and the final norm in the loop."""
 
 from torch import nn
 from transformers import LlamaConfig
@@ -44,7 +44,7 @@ class OuroModel(BareModel):
 
 @register
 class OuroForCausalLM(BareForCausalLM):
-    """Ouro's weights; how they are run is said by :class:`Ouro`.  transformers has no Ouro of its own."""
+    """Ouro's weights; :class:`Ouro` says how they are run.  transformers has no Ouro of its own."""
 
     config_class, model_class = OuroConfig, OuroModel
 
@@ -68,10 +68,10 @@ class OuroBlock(AttentionBlock):
 
 @family("ouro")
 class Ouro(PretrainedLM):
-    """Ouro, asleep in layers that are inserted, ``insert=published.SIX_JET``.
+    """Ouro, which sleeps in layers that are inserted, such as ``insert=published.SIX_JET``.
 
-    Ouro's own loops are replaced by those of sleep: awake it reads once, as Ouro with ``total_ut_steps = 1``.
-    The final norm stands behind the last layer, so each pass over all layers ends with it.
+    Ouro's own loops are replaced by those of sleep: awake it reads once, like Ouro with
+    ``total_ut_steps = 1``.  The final norm follows the last layer, so each pass over all layers ends with it.
 
     Chapter: 16_pretrained
     """

@@ -1,4 +1,4 @@
-"""Published configurations, so that what a model costs can be known before anything is downloaded."""
+"""Published configurations, so that the cost of a model can be known before anything is downloaded."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .adapter import Insert
 from .loading import DTYPES, adapt, enter_ours
 from .lora import add_lora
 
-# The settings of their config.json that say what a model is made of.
+# Of each model's config.json, the settings that say what it is made of.
 QWEN = dict(
     model_type="qwen3_5_text",
     vocab_size=248320,
@@ -58,7 +58,7 @@ JET = dict(
     rope_theta=1e6,
     tie_word_embeddings=True,
 )
-# The paper's six Jet layers; that they stand in the middle of each group of four layers is our reading.
+# The paper's six Jet layers; it is our reading that one stands in the middle of each group of four layers.
 SIX_JET = Insert(after=(1, 5, 9, 13, 17, 21), num_heads=8, key_size=128, value_size=256)
 PUBLISHED = {"Qwen/Qwen3.5-0.8B": QWEN, "ByteDance/Ouro-1.4B": OURO, "jet-ai/Jet-Nemotron-2B": JET}
 

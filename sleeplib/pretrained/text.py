@@ -23,8 +23,8 @@ from .loading import check_tokenizer, load_tokenizer
 class TokenizedGSM(GSMInfinite):
     """GSM-Infinite in the tokens of a pretrained model, as in the paper's third experiment.
 
-    Lengths are counted in tokens of the model.  A sequence is padded on the left to ``tokens[1]``, then
-    " Answer:" asks; behind the answer is padding again, up to ``tokens[1] + room``.  Steps are not asked for.
+    Lengths are counted in the model's tokens.  A sequence is padded on the left to ``tokens[1]``, then
+    " Answer:" asks; after the answer comes padding, up to ``tokens[1] + room``.  Steps are not asked for.
 
     Parameters
     ----------
@@ -33,9 +33,9 @@ class TokenizedGSM(GSMInfinite):
     vocab_size : int
         Rows of the model's embedding.
     room : int
-        Tokens for the mark that asks and the answer.
+        Tokens for the mark that asks, and for the answer.
     revision : str, optional
-        Of the repository.  If absent its default branch; give the one that the model is loaded from.
+        Of the repository.  If absent, its default branch; give the one from which the model is loaded.
 
     Raises
     ------
@@ -62,7 +62,7 @@ class TokenizedGSM(GSMInfinite):
         super().__post_init__()
 
     def _check_possible(self):
-        """A tokenizer must be there to count; the first batch says whether there are such problems."""
+        """Check nothing: it takes the tokenizer to count, so the first batch says if such problems exist."""
 
     @property
     def length(self):
@@ -104,7 +104,7 @@ class TokenizedGSM(GSMInfinite):
 
 @lru_cache
 def tokenizer_of(source, vocab_size, revision=None):
-    """The tokenizer of a source, without its weights; an error if there is none, or it does not fit."""
+    """The tokenizer of a source, fetched without weights; an error if there is none, or it does not fit."""
     tokenizer = load_tokenizer(folder := fetch(source, revision, weights=False))
     if tokenizer is None:
         raise FileNotFoundError(f"source: {folder} holds no tokenizer (tokenizer.json)")
@@ -114,7 +114,7 @@ def tokenizer_of(source, vocab_size, revision=None):
 
 @lru_cache
 def _chance(task):
-    """Each token guessed from those of the answer before it, by how common they are."""
+    """Score of guessing each token of the answer by how common it is after those before it."""
     cells = {}
     for cell, targets in sample_targets(task).items():
         texts = [f" {word}" for (word,) in targets]
@@ -131,7 +131,7 @@ def _chance(task):
 
 
 def write(model, text, count, *, window, passes=1, eviction="hard"):
-    """Read a text, asleep whenever a window is full, and go on greedily until it ends.
+    """Read a text, with a nap whenever a window is full, and go on greedily until an end of text or `count`.
 
     Parameters
     ----------
