@@ -42,7 +42,7 @@ test: $(STAMP)  ## lint, unit and property tests, the built site, and every chap
 	$(THREADS) $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
 
-test-colab:  ## run the notebooks of colab/ under Colab's versions, in a folder with nothing else (FILES=colab/01*)
+test-colab:  ## run the notebooks of colab/ under Colab's versions (but our torch), in a folder with nothing else (FILES=colab/01*)
 	test -x $(COLAB) || $(PYTHON) -m venv .venv-colab
 	$(COLAB) -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(COLAB) -m pip install -q -c constraints/colab.txt '.[pretrained]' ipykernel ipywidgets matplotlib pandas pillow seaborn nbval

@@ -188,6 +188,8 @@ def precisions(repeats, steps=STEPS):
                 ]
                 probes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
                 found = [tuple(map(float, probe.communicate()[0].split())) for probe in probes]
+                if any(probe.returncode for probe in probes):
+                    raise RuntimeError(f"a step of {preset} failed; what went wrong is said above")
                 seconds, memory = (max(column) for column in zip(*found))
                 row = dict(preset=preset, width=width, batch=batch, precision=mode, processes=count)
                 row |= dict(tokens_per_second=round(tokens / seconds), gib=round(memory, 2))

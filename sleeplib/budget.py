@@ -35,8 +35,16 @@ class Reading:
 
 
 def entries(module):
-    """Count the entries of a module's matrices: a token costs two operations for each."""
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+    """Count the entries of a module's matrices: a token costs two operations for each.
+
+    Of the experts of a mixture only as many count as a token goes through.
+    """
+    total = sum(p.numel() for p in module.parameters() if p.ndim == 2)
+    for part in module.modules():
+        if hasattr(part, "num_experts") and hasattr(part, "config"):
+            whole = sum(p.numel() for p in part.parameters(recurse=False) if p.ndim == 3)
+            total += whole * part.config.num_experts_per_tok // part.num_experts
+    return total
 
 
 def block_flops(block, tokens, cached=0):

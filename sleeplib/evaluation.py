@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from .algorithm import awake_chunks, sleep_forward
+from .checks import integer
 from .tasks.base import IGNORE
 
 TEST = 1  # the stream of random numbers of held-out data; it does not depend on N
@@ -37,7 +38,7 @@ def evaluate(model, task, batch, *, passes, eviction="hard", chunk=256):
 
     Chapter: 11_rule110
     """
-    device = next(model.parameters()).device
+    device, chunk = next(model.parameters()).device, integer("chunk", chunk, 1)
     options = dict(window=task.window, passes=passes, eviction=eviction)
     awake = awake_chunks(batch.labels, task.window)
     if not any(awake):

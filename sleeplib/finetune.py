@@ -42,12 +42,17 @@ def start_from(model, folder):
         if len(places[0]) > len(places[1]):
             raise ValueError(f"train.start: {folder} has blocks {old}, more than the model's {new} has")
         pairs += zip(*places)
+    for name in ("num_heads", "rope_base"):  # which no shape shows
+        ours, theirs = getattr(model.config, name), getattr(kept.config, name)
+        if ours != theirs:
+            raise ValueError(f"train.start: {folder} has {name} {theirs!r}, not the model's {ours!r}")
     number = {f"layers.{i}.": f"layers.{j}." for i, j in pairs}
     weights = {}
     for name, x in kept.state_dict().items():
         block = next((prefix for prefix in number if name.startswith(prefix)), "")
         weights[number.get(block, "") + name.removeprefix(block)] = x
-    try:
-        model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"train.start: {folder} does not fit the model: {error}") from error
+    own = {name: x.shape for name, x in model.state_dict().items()}
+    if odd := [name for name, x in weights.items() if own.get(name) != x.shape]:  # before anything is copied
+        shapes = f"{tuple(weights[odd[0]].shape)}, not {tuple(own.get(odd[0], ()))}"
+        raise ValueError(f"train.start: {folder} does not fit the model: {odd[0]} is {shapes}")
+    model.load_state_dict(weights, strict=False)

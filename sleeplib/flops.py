@@ -218,12 +218,14 @@ def followed_bytes(model, inputs, labels, awake, precision="float32", **options)
     for name in names:  # also where recomputation calls them again
         setattr(model, name, cuda.around(getattr(model, name)))
     model.zero_grad()
-    with LiveBytes() as live:
-        out = sleep_forward(model, inputs, labels, awake=awake, return_logits=False, **options)
-        out.loss.backward()
-    model.zero_grad()
-    for name in names:
-        delattr(model, name)
+    try:
+        with LiveBytes() as live:
+            out = sleep_forward(model, inputs, labels, awake=awake, return_logits=False, **options)
+            out.loss.backward()
+    finally:
+        model.zero_grad()
+        for name in names:
+            delattr(model, name)
     return live.peak
 
 

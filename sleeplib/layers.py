@@ -310,8 +310,11 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(V, eps=1e-5)
         self.o = linear(H * V, d_model, zero=True)
 
-    def forward(self, x, memory, sliding_window=None, write_only=False):
-        """Map x (B, T, D) to y (B, T, D), or None if `write_only`, and the memory with what was written."""
+    def forward(self, x, memory, sliding_window=None, write_only=False, real=None):
+        """Map x (B, T, D) to y (B, T, D), or None if `write_only`, and the memory with what was written.
+
+        `real` (B, T) is False at padding, which neither decays nor writes; None where there is none.
+        """
         H, K, V = self.num_heads, self.key_size, self.value_size
         check_fast(memory, (len(x), self.conv.taps - 1, self.conv.channels))
         y = project(x, self.q, self.k, self.v, self.gate, self.a, self.b)  # (B, T, H (2 K + 2 V + 2))
@@ -326,6 +329,8 @@ class GatedDeltaNet(nn.Module):
         wide = torch.promote_types(torch.float32, self.A_log.dtype)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)  # (B, T, H)
         beta = b.to(wide).sigmoid()  # (B, T, H)
+        if real is not None:
+            g, beta = (y * real.unsqueeze(-1) for y in (g, beta))
         o, S = self.rule(q, k, v, g=g, beta=beta, initial_state=memory.S, backend=self.backend)
         memory = Memory(S=S, conv=conv)  # (B, H, K, V)
         if write_only:

@@ -151,10 +151,13 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
     for record in records:
         runs[record["passes"]].append(record)
     for passes, group in sorted(runs.items()):
-        # All runs of one N are drawn as far as the shortest of them goes.
-        points = min(len(r["curve"]) for r in group)
-        ys = [[_value(p, metric) for p in r["curve"][:points]] for r in group]
-        xs = [x(group[0], p) if callable(x) else p[x] for p in group[0]["curve"][:points]]
+        # All runs of one N are drawn where all were measured: as far as the shortest of them goes.
+        shared = set.intersection(*({p["step"] for p in r["curve"]} for r in group))
+        if not shared:
+            raise ValueError(f"records: the runs with N = {passes} were measured at no step that they share")
+        curves = [[p for p in r["curve"] if p["step"] in shared] for r in group]
+        ys = [[_value(p, metric) for p in curve] for curve in curves]
+        xs = [x(group[0], p) if callable(x) else p[x] for p in curves[0]]
         style = {"color": COLORS.get(passes), "dashes": DASHES.get(passes, ())}
         band(ax, xs, ys, label=f"N = {passes}" if passes else "this run", **style)
     if chance and records and metric in records[0]["chance"]:

@@ -66,7 +66,8 @@ class FrameSlider:
         self.pictures, self.labels, self.title = pictures, labels, title
 
     def _repr_html_(self):
-        # A page may hold any number of sliders, so each has an id of its own, made from its words.
+        # A page may hold any number of sliders, so each has an id of its own, made from its words: the bytes
+        # of pictures differ from machine to machine.
         words = [self.title, *self.labels, *(re.sub('src="[^"]*"', "", p) for p in self.pictures)]
         identity = f"frames-{hashlib.sha256(chr(10).join(words).encode()).hexdigest()[:8]}"
         title, first = html.escape(self.title), html.escape(self.labels[0])
@@ -94,13 +95,14 @@ _ON_GUESS = (
     "const v=[...this.querySelectorAll('input')].map(i=>+i.value),t=event.target;"
     "t.setAttribute('aria-valuetext',(t.value/100).toFixed(2));"
     "const s=+this.dataset.step,p=v.map((y,i)=>(60+i*s)+','+(190-1.7*y)).join(' ');"
-    "this.querySelector('.sl-guess').setAttribute('points',p)"
+    "this.querySelector('.sl-guess').setAttribute('points',p);"
+    "const d=this.querySelector('details');if(d.open)d.dispatchEvent(new Event('toggle'))"
 )
 _ON_REVEAL = (
     "const f=this.closest('figure'),v=[...f.querySelectorAll('input')].map(i=>i.value/100);"
     "f.querySelector('.sl-measured').style.display=this.open?'':'none';"
     "const m=JSON.parse(f.dataset.measured),e=m.reduce((a,y,i)=>a+Math.abs(y-v[i]),0)/m.length;"
-    "f.querySelector('output').textContent='Your guess is off by '+e.toFixed(2)+' in the mean.'"
+    "f.querySelector('output').textContent='Your guess is off by '+e.toFixed(2)+' on average.'"
 )
 
 

@@ -4,6 +4,7 @@ import functools
 import gzip
 import http.server
 import io
+import json
 import re
 import threading
 from pathlib import Path
@@ -251,6 +252,10 @@ def test_a_prediction_stays_beside_the_measured_curve(visit):
     figure.locator("summary").tap()
     figure.locator(".sl-measured").wait_for(state="visible")
     assert "off by" in figure.locator("output").last.inner_text()
+    measured = json.loads(figure.get_attribute("data-measured"))
+    for slider, share in zip(figure.locator("input").all(), measured):
+        slider.fill(str(round(100 * share)))
+    assert "off by 0.00" in figure.locator("output").last.inner_text()  # the verdict follows the guess
 
 
 @pytest.mark.parametrize("size, options", [(PHONE, {"has_touch": True}), (WIDE, {})])
@@ -267,6 +272,19 @@ def test_the_lab_by_touch_and_by_keyboard(visit, size, options):
         page.keyboard.press("Enter")
     assert lab.locator(".lab-cell").first.get_attribute("aria-pressed") != before
     assert re.search(r"\d+\.\d %", lab.locator(".lab-result").inner_text()) and not page.faults
+
+
+def test_the_labs_film_stops_where_it_is_told(visit):
+    page = visit("book/lab")
+    page.locator("[data-ready=yes]").wait_for()
+    play, slider = page.get_by_role("button", name="Play"), page.locator("#lab-moment")
+    for stop in (lambda: page.get_by_role("button", name="Pause").click(), lambda: slider.fill("1")):
+        play.click()
+        stop()
+        stopped = slider.input_value()
+        page.wait_for_timeout(1500)  # a step of the film takes 0.9 s
+        assert slider.input_value() == stopped and play.is_visible()
+    assert not page.faults
 
 
 MOMENT = "document.getElementById('nap-moment').value"
@@ -313,6 +331,12 @@ def test_print_hides_nothing(visit):
     assert (closed, hidden, wrap, ground) == (0, 0, "pre-wrap", "rgb(255, 255, 255)")
     assert not page.evaluate("""() => [...document.querySelectorAll(".bd-article pre")]
         .filter((box) => box.scrollWidth > box.clientWidth + 1).length""")
+    pale = page.evaluate(r"""() => [...document.querySelectorAll(
+            ".bd-article :is(p, li, td, th, figcaption, code, a, h2, .admonition-title)")]
+        .filter((one) => one.textContent.trim() && one.offsetParent)
+        .filter((one) => getComputedStyle(one).color.match(/\d+/g).slice(0, 3).some((x) => x > 118))
+        .map((one) => one.outerHTML.slice(0, 80))""")
+    assert not pale  # at most #767676, 4.5 to 1 on white
 
 
 PAGES = ["intro", "lab", "03_fast_weights", "11_rule110", "15_argument", "api", "references"]

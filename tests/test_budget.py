@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny_families import JET, OURO, jet_shapes, ouro_shapes, write_checkpoint
+from tiny_pretrained import tiny_original
 from torch.utils.flop_counter import FlopCounterMode
 
 import sleeplib as sl
@@ -15,7 +16,7 @@ from sleeplib import budget, flops
 from sleeplib.algorithm import awake_chunks
 from sleeplib.experiments import PRETRAINED, TrainConfig
 from sleeplib.kernels import jit
-from sleeplib.pretrained import FAMILIES, Insert, LoRA, jet, ouro  # noqa: F401  transformers hears of two
+from sleeplib.pretrained import FAMILIES, Insert, LoRA, adapt, jet, ouro  # noqa: F401  transformers hears of two
 from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 T = 48  # tokens of the count; more than a chunk of the delta rule would only take longer
@@ -101,6 +102,23 @@ def test_a_block_s_memory_costs_what_its_equations_say():
     swa = on_meta("jet-ai/Jet-Nemotron-2B").layers[20]
     seen = sum(min(n, 1152) for n in range(1, 2001))
     assert budget.block_flops(swa, 2000) == 4000 * budget.entries(swa) + seen * 4 * 12 * 128
+
+
+def test_of_the_experts_those_count_that_a_token_goes_through():
+    first, last = (
+        budget.entries(adapt(tiny_original("qwen3_next", moe_intermediate_size=size)).layers[1])
+        for size in (16, 512)
+    )
+    assert last - first == 2 * 3 * 32 * (512 - 16)  # two of four experts, three matrices each of 32 columns
+
+
+def test_a_refused_prediction_leaves_the_next_one_as_it_was():
+    model, reading = on_meta(small_jet()), budget.Reading((16, 4), (True, False))
+    low, full = (TrainConfig(1, 1, precision=precision) for precision in ("bfloat16", "float32"))
+    before = budget.step_bytes(model, full, reading, 2)
+    with pytest.raises(ValueError, match="passes"):
+        budget.step_bytes(model, low, reading, 0)
+    assert budget.step_bytes(model, full, reading, 2) == before != budget.step_bytes(model, low, reading, 2)
 
 
 def test_passes_and_recomputation_multiply_what_they_repeat():

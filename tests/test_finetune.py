@@ -117,6 +117,24 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         start_from(torch.nn.Linear(2, 2), tmp_path / "deep")
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_heads=4), "has num_heads 2, not the model's 4"),  # no shape shows it
+        (dict(rope_base=100.0), "has rope_base 10000.0, not the model's 100.0"),
+        (dict(mlp_size=48), "does not fit the model: layers.0.* is"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused_and_nothing_is_copied(tmp_path, changes, message):
+    settings = dict(vocab_size=TASK.vocab_size, d_model=16, pattern="aa", num_heads=2, mlp_size=16)
+    sl.HybridLM(sl.ModelConfig(**settings)).save(tmp_path / "kept")
+    model = sl.HybridLM(sl.ModelConfig(**settings | changes))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"train.start: .*{message}"):
+        start_from(model, tmp_path / "kept")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 def test_a_run_starts_from_the_model_of_its_own_seed(tmp_path):
     kept = {seed: sl.run(experiment(), 1, seed, "cpu", tmp_path, keep=tmp_path / "kept") for seed in (0, 1)}
     assert all(record["status"] == "done" for record in kept.values())

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import cache
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sleeplib.tasks.gsm_infinite.tokens import padding
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sleeplib.pretrained import FAMILIES, Insert, LoRA, adapt, add_lora
+from sleeplib.pretrained import FAMILIES, Insert, LoRA, PretrainedLM, adapt, add_lora
 
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)
 L = 5
@@ -196,6 +197,42 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "known families are jet_nemotron, olmo_hybrid, ouro, qwen3_5" in done.stdout, done.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_inserted_layer_does_not_read_padding_either(dynamic):
+    insert = Insert((1,), 2, 8, 8, dynamic=dynamic)
+    torch.manual_seed(0)
+    model = adapt(tiny_original("llama"), insert=insert, padding=0)
+    torch.nn.init.normal_(model.inserted[0].mixer.o.weight)
+    real = torch.tensor([[5, 6, 7, 8]])
+    padded = torch.tensor([[5, 6, 7, 8, 0, 0, 0]])
+    (wanted, state), (found, behind) = (model(x, model.initial_state(1)) for x in (real, padded))
+    close(found[:, :4], wanted, 1e-6)
+    close(behind.fast_weights[2], state.fast_weights[2], 1e-6)
+    assert (model.embed(padded)[:, 4:] == 0).all() and found[:, 4:].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_model_in_double_precision_gets_layers_in_double_precision(name):
+    model = adapt(tiny_original(name).double(), insert=Insert((1,), 2, 8, 8))
+    tokens = padded_batch()[0]
+    logits, _ = model(tokens, model.initial_state(len(tokens)))
+    assert logits.dtype == torch.float64
+
+
+def test_a_refused_model_is_left_as_it_was():
+    original = tiny_original("llama").train()
+    original.model.layers[1].eval()
+    modes = [module.training for module in original.modules()]
+    with (
+        patch.object(PretrainedLM, "readout", lambda self, h: 2 * self.head(self.norm(h))),
+        pytest.raises(ValueError, match="gives other logits than its own"),
+    ):
+        adapt(original, insert=Insert((1,), 2, 8, 8))
+    assert [module.training for module in original.modules()] == modes
 
 
 def test_padding_is_a_tokenizers_own_or_its_end_or_ours():

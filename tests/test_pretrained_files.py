@@ -1,6 +1,7 @@
 """Loading and saving pretrained models: what comes back is what was, and what is wrong is said in words."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +20,7 @@ pytest.importorskip("peft")
 
 from sleeplib import pretrained
 from sleeplib.pretrained import Insert, LoRA, PretrainedLM, TokenizedGSM, load, save
+from sleeplib.pretrained.loading import load_tokenizer
 
 INSERT = Insert(after=(1, 3), num_heads=2, key_size=8, value_size=16)
 VOCAB = 260
@@ -99,6 +101,54 @@ def test_what_was_saved_comes_back(folders, tmp_path, name, lora, base):
         load(tmp_path / "out", loop=(0, 1))
 
 
+def test_a_save_that_was_stopped_is_not_taken_for_a_model(folders, tmp_path):
+    save(load(folders["llama-tied"], insert=INSERT), tmp_path / "out")
+    other, moves, honest = load(folders["llama-tied"], insert=INSERT), [], os.replace
+
+    def replace(source, target):
+        if Path(target).parent == tmp_path / "out":
+            moves.append(target)
+            if len(moves) == 2:
+                raise OSError(28, "No space left on device")
+        honest(source, target)
+
+    with patch("os.replace", replace), pytest.raises(OSError, match="No space left"):
+        save(other, tmp_path / "out")
+    with pytest.raises(ValueError, match="source: .* was not written to its end; save the model again"):
+        load(tmp_path / "out")
+    save(other, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(other))
+
+
+def test_a_tokenizer_with_several_templates_is_saved_twice(folders, tmp_path):
+    model = load(folders["qwen3_5"])
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model.tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    model.tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    for _ in range(2):
+        save(model, tmp_path / "out")
+    assert load(tmp_path / "out").tokenizer.chat_template == {"default": "a", "tool_use": "b"}
+
+
+def test_what_a_saved_model_names_is_not_what_the_user_has_trusted(folders, tmp_path):
+    """True trusts the folder; the original, which lies elsewhere, is trusted by its own name."""
+    model = load(folders["llama-tied"], insert=INSERT)
+    model.learn("fast")
+    save(model, tmp_path / "out", base=False)
+    (name, _), asked = json.loads((tmp_path / "out" / "sleep.json").read_text())["base"], []
+    with patch("sleeplib.pretrained.loading.load_original", lambda *given: asked.append(given[2]) or 1 / 0):
+        for trust in (False, True, name):
+            with pytest.raises(ZeroDivisionError):
+                load(tmp_path / "out", trust_remote_code=trust)
+    assert asked == [False, False, True]
+
+
+def test_a_saved_model_names_the_commit_that_it_was_made_from(folders, tmp_path):
+    commit = shutil.copytree(folders["llama-tied"], tmp_path / "snapshots" / ("0123456789" * 4))
+    with patch("huggingface_hub.snapshot_download", lambda *given, **options: str(commit)):
+        assert load("owner/name", insert=INSERT).source == ("owner/name", "0123456789" * 4)
+
+
 def test_a_folder_that_was_named_from_here_is_found_from_elsewhere(folders, tmp_path, monkeypatch):
     folder = Path(folders["llama-tied"])
     monkeypatch.chdir(folder.parent)
@@ -158,6 +208,13 @@ def edit(file, **changes):
 
 
 def breakages():
+    def no_places(folder):
+        (folder / "model.safetensors.index.json").write_text("{}")
+
+    def odd_settings(folder):
+        found = dict(loop=[0, 3], insert={"foo": 1}, padding=None, lora=None, base=None)
+        (folder / "sleep.json").write_text(json.dumps(found))
+
     def drop_config(folder):
         (folder / "config.json").unlink()
 
@@ -211,6 +268,8 @@ def breakages():
         (damage_config, ValueError, "config.json is damaged"),
         (foreign, ValueError, "'dreamer' is no model of this version of transformers$"),
         (own_code, ValueError, "read that, then give trust_remote_code=True"),
+        (no_places, ValueError, "index.json is damaged: it does not say in which file a weight is"),
+        (odd_settings, ValueError, "sleep.json is damaged: .*unexpected keyword"),
         (other_tokenizer, ValueError, "tokenizer: its tokens go up to 1000, the model's to 259"),
         (damaged_tokenizer, ValueError, "the tokenizer of .* cannot be read"),
     ]

@@ -57,7 +57,7 @@ def test_a_chapter_on_transformers_brings_them(convert):
     for source in sources():
         first = next(cell.source for cell in convert(source).cells if cell.cell_type == "code")
         assert first == convert.setup + (convert.more if source.stem == "16_pretrained" else "")
-    assert '"transformers>=5", "peft' in convert.more and "--upgrade" not in convert.more
+    assert '"transformers>=5.23", "peft' in convert.more and "--upgrade" not in convert.more
 
 
 def test_what_does_not_exist_is_refused(convert):

@@ -160,6 +160,19 @@ def test_records_are_drawn_as_one_band_for_each_n():
     plt.close(fig)
 
 
+def test_runs_of_one_n_are_averaged_at_the_steps_that_they_share():
+    def run(*steps):
+        points = [{"step": s, "tokens": 9 * s, "metrics": {"exact": s / 100}} for s in steps]
+        return {"curve": points, "passes": 1, "chance": {}}
+
+    fig, ax = plt.subplots()
+    plots.draw_records(ax, [run(50, 100), run(10, 20, 50)])
+    assert ax.lines[0].get_xydata().tolist() == [[450.0, 0.5]]
+    with pytest.raises(ValueError, match="records: .* N = 1 were measured at no step that they share"):
+        plots.draw_records(ax, [run(50, 100), run(10, 20)])
+    plt.close(fig)
+
+
 def test_a_trainer_and_its_curve_are_drawn_like_a_record():
     points = [{"step": s, "tokens": 9 * s, "loss": 1.0, "metrics": {"exact": 0.1 * s}} for s in (1, 2)]
     task = SimpleNamespace(chance=lambda: {"exact": 0.5})

@@ -12,6 +12,7 @@ from ..interface import Sleepable
 from ..kernels import BACKENDS
 from ..layers import GatedDeltaNet, RMSNorm
 from ..state import LMState
+from .blocks import keep_real
 
 FAMILIES = {}  # config.model_type -> subclass of PretrainedLM
 
@@ -58,13 +59,15 @@ class Insert:
 class InsertedBlock(nn.Module):
     """A layer of fast weights of our own between two layers of the original; it starts as the identity.
 
-    It computes in the precision of its own weights, even where those of the original are bfloat16.
+    It computes in the precision of its own weights, even where those of the original are bfloat16.  If
+    `padded`, rows of h that are zero are padding, and stay so.
 
     Chapter: 16_pretrained
     """
 
-    def __init__(self, d_model, insert, backend="auto"):
+    def __init__(self, d_model, insert, backend="auto", padded=False):
         super().__init__()
+        self.padded = padded
         self.fast_shape = insert.num_heads, insert.key_size, insert.value_size
         self.mixer_norm = RMSNorm(d_model)
         options = dict(taps=insert.conv_taps, dynamic=insert.dynamic, backend=backend)
@@ -72,9 +75,10 @@ class InsertedBlock(nn.Module):
 
     def forward(self, h, memory, sliding_window=None, write_only=False):
         """Map h (B, T, D) and this block's memory to the next h, None if `write_only`, and memory."""
+        real = h.ne(0).any(-1) if self.padded else None
         x = self.mixer_norm(h.to(self.mixer_norm.weight.dtype))
-        y, memory = self.mixer(x, memory, sliding_window, write_only)
-        return None if write_only else h + y.to(h.dtype), memory
+        y, memory = self.mixer(x, memory, sliding_window, write_only, real)
+        return None if write_only else h + keep_real(y.to(h.dtype), real), memory
 
 
 class PretrainedLM(Sleepable, nn.Module, ABC):
@@ -142,7 +146,8 @@ class PretrainedLM(Sleepable, nn.Module, ABC):
             places.append(len(blocks))
             blocks.append(block)
             if insert is not None and i in insert.after:
-                blocks.append(InsertedBlock(self.d_model, insert, backend).to(self.device))
+                added = InsertedBlock(self.d_model, insert, backend, padded=padding is not None)
+                blocks.append(added.to(self.device, torch.promote_types(torch.float32, self.dtype)))
         places.append(len(blocks))
         self.layers = nn.ModuleList(blocks)
         first, last = self.native_loop

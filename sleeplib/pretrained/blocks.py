@@ -44,10 +44,10 @@ class Block(nn.Module, ABC):
         y, memory = self.mix(self._norm(before, h), memory, sliding_window, write_only, real)
         if write_only:
             return None, memory
-        h = h + _kept(self._norm(after, y), real)
+        h = h + keep_real(self._norm(after, y), real)
         y = self.layer.mlp(self._norm(before_mlp, h))
         y = y[0] if isinstance(y, tuple) else y  # a mixture of experts gives its router's scores too
-        return h + _kept(self._norm(after_mlp, y), real), memory
+        return h + keep_real(self._norm(after_mlp, y), real), memory
 
     @abstractmethod
     def mix(self, x, memory, window, write_only, real):
@@ -60,8 +60,8 @@ class Block(nn.Module, ABC):
         return x if name is None else getattr(self.layer, name)(x)
 
 
-def _kept(y, real):
-    """y (B, T, D), zero at padding."""
+def keep_real(y, real):
+    """y (B, T, D) with zeros where `real` (B, T) is False; y itself if that is None."""
     return y if real is None else y * real.unsqueeze(-1).to(y.dtype)
 
 

@@ -65,7 +65,10 @@ def weight_files(folder):
     """The safetensors files of the original; FileNotFoundError if there are none, or one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index, "")["weight_map"].values()))
+        places = read_json(index, "").get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"source: {index} is damaged: it does not say in which file a weight is")
+        names = sorted(set(places.values()))
     else:
         names = ["model.safetensors"]
     if missing := [name for name in names if not (folder / name).is_file()]:

@@ -21,6 +21,7 @@ from .lora import LoRA, add_lora, without_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 OWN, OWN_WEIGHTS = "sleep.json", "sleep.safetensors"  # beside the files of transformers
+UNFINISHED = "sleep.unfinished"  # there while files are replaced
 
 
 def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="float32", device="cpu",
@@ -46,8 +47,9 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
         "auto", "cpu", "cuda", or one CUDA device.
     revision : str, optional
         Branch, tag or commit of a repository.
-    trust_remote_code : bool
+    trust_remote_code : bool or str
         Whether Python files that come with the model may run.  They can do whatever you can: read them first.
+        True is said of `source`; if that is a saved model whose original lies elsewhere, name the original.
     backend : str
         Backend of the recurrences, see :func:`gated_delta_rule`.
 
@@ -75,8 +77,8 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     given = dict(loop=loop, insert=insert, lora=lora, padding=padding)
     found = resolve(source, revision, trust_remote_code, **given)
     check_memory(found.base, DTYPES[dtype], target)
-    original = load_original(found.base, DTYPES[dtype], trust_remote_code)
-    tokenizer = load_tokenizer(found.base, trust_remote_code)
+    original = load_original(found.base, DTYPES[dtype], found.trusted)
+    tokenizer = load_tokenizer(found.base, found.trusted)
     if tokenizer is not None:
         check_tokenizer(tokenizer, original.config.get_text_config().vocab_size)
     lora, options = found.settings.pop("lora"), found.settings
@@ -104,6 +106,8 @@ class Found(NamedTuple):
         Whether :func:`save` has written the folder.
     origin : (str, str or None) or None
         Source and revision of the original, if it is known.
+    trusted : bool
+        Whether code that comes with the original may run.
     """
 
     folder: Path
@@ -111,21 +115,33 @@ class Found(NamedTuple):
     settings: dict
     saved: bool
     origin: tuple | None
+    trusted: bool
 
 
 def resolve(source, revision=None, trust_remote_code=False, weights=True, **given):
     """Find the files of a source, fetched with or without `weights`, and its settings: a :class:`Found`."""
-    folder = fetch(source, revision, trust_remote_code, weights)
+    trusted = trust_remote_code in (True, str(source))
+    folder = fetch(source, revision, trusted, weights)
     own = read_own(folder)
     if own is None:
-        origin = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
-        return Found(folder, folder, given, False, (origin, revision))
+        if Path(source).expanduser().is_dir():
+            origin = str(folder.resolve()), revision
+        else:  # the commit that was fetched: a branch moves on
+            origin = str(source), folder.name if folder.parent.name == "snapshots" else revision
+        return Found(folder, folder, given, False, origin, trusted)
     if odd := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{odd[0]}: {folder} was saved with settings of its own; leave it out")
-    settings = dict(loop=tuple(own["loop"]), padding=own["padding"])
-    settings |= {name: own[name] and kind(**own[name]) for name, kind in (("insert", Insert), ("lora", LoRA))}
-    base = folder if own["base"] is None else fetch(*own["base"], trust_remote_code, weights)
-    return Found(folder, base, settings, True, own["base"] and tuple(own["base"]))
+    try:
+        settings = dict(loop=tuple(own["loop"]), padding=own["padding"])
+        kinds = dict(insert=Insert, lora=LoRA)
+        settings |= {name: own[name] and kind(**own[name]) for name, kind in kinds.items()}
+        name, version = own["base"] or (None, None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"source: {folder / OWN} is damaged: {error}") from error
+    if name is None:
+        return Found(folder, folder, settings, True, None, trusted)
+    trusted = trust_remote_code == name  # True is said of the folder, not of what that names
+    return Found(folder, fetch(name, version, trusted, weights), settings, True, (name, version), trusted)
 
 
 def adapt(original, **options):
@@ -177,13 +193,16 @@ def check_alike(model, original, length=12, tolerance=1e-3):
     """Raise ValueError unless our run of a model gives the original's logits on a few tokens."""
     if model.device.type == "meta":
         return
-    training = original.training
+    training = [(module, module.training) for module in original.modules()]
     tokens = torch.arange(1, length + 1, device=model.device).unsqueeze(0) * 7 % model.vocab_size
     if model.padding is not None:  # the original would read it
         tokens[tokens == model.padding] = model.padding - 1 if model.padding else 1
-    theirs = original.eval()(tokens).logits.float()
-    ours = model(tokens, model.initial_state(1))[0].float()
-    original.train(training)
+    try:
+        theirs = original.eval()(tokens).logits.float()
+        ours = model(tokens, model.initial_state(1))[0].float()
+    finally:
+        for module, mode in training:
+            module.training = mode
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= (tolerance if model.dtype != torch.bfloat16 else 0.1):
         raise ValueError(
@@ -194,6 +213,8 @@ def check_alike(model, original, length=12, tolerance=1e-3):
 
 def read_own(folder):
     """The settings that :func:`save` has left in a folder, or None."""
+    if (folder / UNFINISHED).exists():
+        raise ValueError(f"source: {folder} was not written to its end; save the model again")
     if not (folder / OWN).exists():
         return None
     found = read_json(folder / OWN, "")
@@ -216,7 +237,10 @@ def load_original(folder, dtype, trust_remote_code):
     settings = read_json(folder / "config.json", "it is no folder of a model of transformers")
     native = settings.get("model_type") in CONFIG_MAPPING
     if not native and not trust_remote_code:
-        code = "; it brings code of its own: read that, then give trust_remote_code=True"
+        code = (
+            "; it brings code of its own: read that, then give trust_remote_code=True or, for a saved model "
+        )
+        code += "whose original lies elsewhere, the original's name"
         kind = settings.get("model_type")
         raise ValueError(
             f"source: {kind!r} is no model of this version of transformers{code * ('auto_map' in settings)}"
@@ -295,8 +319,12 @@ def save(model, folder, *, base=True):
         notes = model.settings() | dict(lora=lora and vars(lora), base=None if base else model.source)
         write_atomically(part / OWN, json.dumps(notes, indent=1).encode())
         folder.mkdir(exist_ok=True)
-        for file in sorted(part.iterdir(), key=lambda file: file.name == OWN):  # the settings last
+        (folder / UNFINISHED).touch()  # what is stopped from here on is a mixture, and is refused
+        for file in part.iterdir():
+            if (folder / file.name).is_dir():
+                shutil.rmtree(folder / file.name)
             os.replace(file, folder / file.name)
+        (folder / UNFINISHED).unlink()
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -36,6 +36,8 @@ class LoRA:
 def add_lora(model, lora):
     """Wrap every projection in the original's layers; their weights freeze, what is inserted still learns.
 
+    The routed experts of a mixture are no projections: they freeze, and get no low-rank differences.
+
     Parameters
     ----------
     model : PretrainedLM

@@ -86,6 +86,8 @@ def on_meta(config, *, lora=None, dtype="float32", **options):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     enter_ours()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if isinstance(config, str):
         if config not in PUBLISHED:
             raise ValueError(f"config: {config!r} is not known here; there are {', '.join(PUBLISHED)}")
@@ -93,7 +95,7 @@ def on_meta(config, *, lora=None, dtype="float32", **options):
     with torch.device("meta"):
         text = AutoConfig.for_model(**config).get_text_config()
         original = AutoModelForCausalLM.from_config(text, dtype=DTYPES[dtype])
-        model = adapt(original, backend="chunked", **options)
+        model = adapt(original, **{"backend": "chunked"} | options)
         if lora is not None:
             add_lora(model, lora)
     return model

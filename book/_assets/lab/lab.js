@@ -77,7 +77,7 @@ document.addEventListener("DOMContentLoaded", () => {
 
   const ringBoxes = state.rings.map((_, r) => el("div", { class: "lab-ring", role: "group", "aria-label": `Ring ${r + 1}, twelve cells` }));
   const canvas = el("canvas", { width: 528, height: 150, role: "img", "aria-label": "The fast weights" });
-  const slider = el("input", { type: "range", min: 0, max: 0, value: 0, id: "lab-moment", oninput: () => show(Number(slider.value)) });
+  const slider = el("input", { type: "range", min: 0, max: 0, value: 0, id: "lab-moment", oninput: () => { pause(); show(Number(slider.value)); } });
   const text = el("p", { class: "lab-text", "aria-live": "polite", id: "lab-text" });
   const cache = el("div", { class: "lab-cache", "aria-hidden": "true" });
   const result = el("div", { class: "lab-result", id: "lab-result", "aria-live": "polite" });
@@ -92,11 +92,13 @@ document.addEventListener("DOMContentLoaded", () => {
   choosePasses.querySelector("select").value = "4";
   const reset = el("input", { type: "checkbox", id: "lab-reset", onchange: () => { state.reset = reset.checked; update(); } });
   const button = (name, action) => el("button", { type: "button", class: "lab-button", onclick: action }, name);
+  const playing = button("Play", () => play());
+  let timer = null, scoring = 0;
 
   root.replaceChildren(
     el("div", { class: "lab-row" }, chooseModel, choosePasses, el("label", { for: "lab-reset" }, reset, " reset S before the questions")),
     el("div", { class: "lab-row" }, ...ringBoxes, button("Random rings", () => { state.rings = [randomRing(), randomRing()]; update(); })),
-    el("div", { class: "lab-row lab-slide" }, button("Play", play), el("label", { for: "lab-moment" }, "Moment: "), slider),
+    el("div", { class: "lab-row lab-slide" }, playing, el("label", { for: "lab-moment" }, "Moment: "), slider),
     text, el("div", { class: "lab-row" }, "cache: ", cache), canvas, result,
     el("details", {}, el("summary", {}, "What really happens to the rings"), history),
     el("div", { class: "lab-row" }, button("Score 40 random pairs of rings", scoreMany), score),
@@ -144,6 +146,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 
   function update() {
+    pause();
     drawRings();
     state.run = run(state);
     root.dataset.logits = JSON.stringify(state.run.answers.map(({ logits }) => [...logits])); // a test reads them
@@ -151,18 +154,26 @@ document.addEventListener("DOMContentLoaded", () => {
     show(state.run.moments.length - 1);
   }
 
-  let timer = null;
-  function play() {
+  function pause() {
     clearInterval(timer);
-    show(0);
-    timer = setInterval(() => (state.moment + 1 < state.run.moments.length ? show(state.moment + 1) : clearInterval(timer)), 900);
+    timer = null;
+    playing.textContent = "Play";
+  }
+
+  function play() {
+    if (timer) return pause();
+    if (state.moment + 1 >= state.run.moments.length) show(0);
+    timer = setInterval(() => (state.moment + 1 < state.run.moments.length ? show(state.moment + 1) : pause()), 900);
+    playing.textContent = "Pause";
   }
 
   // In small bites, so that the page stays alive.
   function scoreMany() {
     let done = 0, right = 0;
+    const mine = (scoring += 1); // a later click ends this one
     const setting = { model: state.model, passes: state.passes, reset: state.reset };
     const next = () => {
+      if (mine !== scoring) return;
       const rings = [randomRing(), randomRing()], { answers } = run({ ...setting, rings });
       right += answers.every(({ bit }, r) => bit === rollout(rings[r]).at(-1)[0]) ? 1 : 0;
       done += 1;
