@@ -34,15 +34,19 @@ class Reading:
         return cls(tokens, tuple(start + task.window <= task.context for start in starts))
 
 
-def entries(module):
-    """Count the entries of a module's matrices: a token costs two operations for each.
+def entries(module, learning=False):
+    """Count the entries of a module's matrices, or of those that learn; a token costs two operations each.
 
     Of the experts of a mixture only as many count as a token goes through.
     """
-    total = sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+    def count(parameters, ndim):
+        return sum(p.numel() for p in parameters if p.ndim == ndim and (p.requires_grad or not learning))
+
+    total = count(module.parameters(), 2)
     for part in module.modules():
         if hasattr(part, "num_experts") and hasattr(part, "config"):
-            whole = sum(p.numel() for p in part.parameters(recurse=False) if p.ndim == 3)
+            whole = count(part.parameters(recurse=False), 3)
             total += whole * part.config.num_experts_per_tok // part.num_experts
     return total
 
@@ -83,8 +87,7 @@ def step_flops(model, reading, passes, batch, recompute=True):
 
     Chapter: 16_pretrained
     """
-    blocks = [p for p in model.layers.parameters() if p.ndim == 2]
-    learning = sum(p.numel() for p in blocks if p.requires_grad) / sum(p.numel() for p in blocks)
+    learning = entries(model.layers, learning=True) / entries(model.layers)
     return batch * forward_flops(model, reading, passes) * (2 + bool(recompute) + learning)
 
 

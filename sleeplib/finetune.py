@@ -42,7 +42,7 @@ def start_from(model, folder):
         if len(places[0]) > len(places[1]):
             raise ValueError(f"train.start: {folder} has blocks {old}, more than the model's {new} has")
         pairs += zip(*places)
-    for name in ("num_heads", "rope_base"):  # which no shape shows
+    for name in ("num_heads", *["rope_base"] * ("a" in kept.config.pattern)):  # which no shape shows
         ours, theirs = getattr(model.config, name), getattr(kept.config, name)
         if ours != theirs:
             raise ValueError(f"train.start: {folder} has {name} {theirs!r}, not the model's {ours!r}")
@@ -53,6 +53,7 @@ def start_from(model, folder):
         weights[number.get(block, "") + name.removeprefix(block)] = x
     own = {name: x.shape for name, x in model.state_dict().items()}
     if odd := [name for name, x in weights.items() if own.get(name) != x.shape]:  # before anything is copied
-        shapes = f"{tuple(weights[odd[0]].shape)}, not {tuple(own.get(odd[0], ()))}"
+        wanted = f"not {tuple(own[odd[0]])}" if odd[0] in own else "which the model lacks"
+        shapes = f"{tuple(weights[odd[0]].shape)}, {wanted}"
         raise ValueError(f"train.start: {folder} does not fit the model: {odd[0]} is {shapes}")
     model.load_state_dict(weights, strict=False)

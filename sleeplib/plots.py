@@ -146,16 +146,24 @@ def draw_records(ax, records, metric="exact", x="tokens", chance=True):
         A key of the curve, or a function of the record and an entry of its curve.
     chance : bool
         Also draw what guessing gives.
+
+    Raises
+    ------
+    ValueError
+        If runs with one N were measured at no step that all of them share.
     """
     records, runs = _as_records(records), defaultdict(list)
     for record in records:
         runs[record["passes"]].append(record)
     for passes, group in sorted(runs.items()):
         # All runs of one N are drawn where all were measured: as far as the shortest of them goes.
-        shared = set.intersection(*({p["step"] for p in r["curve"]} for r in group))
+        curves = [{p["step"]: p for p in r["curve"]} for r in group if r["curve"]]
+        if not curves:
+            continue
+        shared = sorted(set.intersection(*map(set, curves)))
         if not shared:
             raise ValueError(f"records: the runs with N = {passes} were measured at no step that they share")
-        curves = [[p for p in r["curve"] if p["step"] in shared] for r in group]
+        curves = [[curve[step] for step in shared] for curve in curves]
         ys = [[_value(p, metric) for p in curve] for curve in curves]
         xs = [x(group[0], p) if callable(x) else p[x] for p in curves[0]]
         style = {"color": COLORS.get(passes), "dashes": DASHES.get(passes, ())}

@@ -135,13 +135,14 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
             process = subprocess.Popen(command, env=environment, process_group=0)
             running.append(process)
         code = process.wait()
-        running.remove(process)
+        with one:
+            running.remove(process)
         return code
 
     def stop():
         """Stop all runs: each ends its step and saves a checkpoint; told twice, it stops at once."""
+        stopped.set()  # first: a second signal may come while the lock is waited for
         with one:
-            stopped.set()
             for process in running if os.name == "posix" else ():  # elsewhere Ctrl-C has reached them
                 process.terminate()
 

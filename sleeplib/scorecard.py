@@ -59,8 +59,8 @@ def judge(claim, out=None):
     """Judge one claim, an entry of ``data/paper/claims.json``, by the first of its runs that can be compared.
 
     Its `runs` list what can bear on it, those at the paper's own settings first, marked as `full`.  Each
-    entry has `presets` and may have the `seeds` on which no setting was chosen, and a `note` on what it can
-    show; the claim's `score` is as in :func:`score`.
+    entry has `presets` and may have the `seeds` on which no setting was chosen, the `passes` of a preset
+    that are meant, and a `note` on what it can show; the claim's `score` is as in :func:`score`.
 
     Returns a dict of ``figure``, ``claim``, ``paper``, ``ours`` (the mean for each N or t; if nothing was
     compared, the claim's own `note`), ``steps``, ``whole`` (an :class:`Interval`), ``scale``, ``seeds``,
@@ -76,7 +76,8 @@ def judge(claim, out=None):
         used, groups = [], {}
         for r in [r for p in runs["presets"] for r in own_records(get(p), out)]:
             own_seed = r["seed"] in runs.get("seeds", [r["seed"]])
-            if r["status"] == "done" and own_seed and (r["passes"] == 1 or not by_steps):
+            wanted = r["passes"] in runs.get("passes", {}).get(r["preset"], [r["passes"]])
+            if r["status"] == "done" and own_seed and wanted and (r["passes"] == 1 or not by_steps):
                 x = r["config"]["task"]["steps"] if by_steps else r["passes"]
                 groups.setdefault(x, {})[r["seed"]] = score(r["final"], claim["score"])
                 used.append(r)

@@ -16,7 +16,7 @@ from sleeplib import budget, flops
 from sleeplib.algorithm import awake_chunks
 from sleeplib.experiments import PRETRAINED, TrainConfig
 from sleeplib.kernels import jit
-from sleeplib.pretrained import FAMILIES, Insert, LoRA, adapt, jet, ouro  # noqa: F401  transformers hears of two
+from sleeplib.pretrained import FAMILIES, Insert, LoRA, adapt, add_lora, jet, ouro  # noqa: F401  transformers hears of two
 from sleeplib.pretrained.published import PUBLISHED, SIX_JET, on_meta
 
 T = 48  # tokens of the count; more than a chunk of the delta rule would only take longer
@@ -110,6 +110,10 @@ def test_of_the_experts_those_count_that_a_token_goes_through():
         for size in (16, 512)
     )
     assert last - first == 2 * 3 * 32 * (512 - 16)  # two of four experts, three matrices each of 32 columns
+    model = adapt(tiny_original("qwen3_next"))
+    add_lora(model, LoRA(2, 4))
+    low = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert budget.entries(model.layers, learning=True) == low  # they freeze
 
 
 def test_a_refused_prediction_leaves_the_next_one_as_it_was():

@@ -136,11 +136,17 @@ def test_what_a_saved_model_names_is_not_what_the_user_has_trusted(folders, tmp_
     model.learn("fast")
     save(model, tmp_path / "out", base=False)
     (name, _), asked = json.loads((tmp_path / "out" / "sleep.json").read_text())["base"], []
-    with patch("sleeplib.pretrained.loading.load_original", lambda *given: asked.append(given[2]) or 1 / 0):
+    with patch("sleeplib.pretrained.loading.load_original", lambda *given: asked.append(given[2:]) or 1 / 0):
         for trust in (False, True, name):
             with pytest.raises(ZeroDivisionError):
                 load(tmp_path / "out", trust_remote_code=trust)
-    assert asked == [False, False, True]
+        edit(tmp_path / "out" / "sleep.json", base=["good/original", "refs/pr/1"])
+        with patch("huggingface_hub.snapshot_download", lambda *given, **options: str(folders["llama-tied"])):
+            for trust in ("good/original", "good/original@refs/pr/1"):
+                with pytest.raises(ZeroDivisionError):
+                    load(tmp_path / "out", trust_remote_code=trust)
+    wanted = "good/original@refs/pr/1"
+    assert asked == [(False, name), (False, name), (True, name), (False, wanted), (True, wanted)]
 
 
 def test_a_saved_model_names_the_commit_that_it_was_made_from(folders, tmp_path):
@@ -211,6 +217,10 @@ def breakages():
     def no_places(folder):
         (folder / "model.safetensors.index.json").write_text("{}")
 
+    def base(value):
+        found = dict(loop=[0, 3], insert=None, padding=None, lora=None, base=value)
+        return lambda folder: (folder / "sleep.json").write_text(json.dumps(found))
+
     def odd_settings(folder):
         found = dict(loop=[0, 3], insert={"foo": 1}, padding=None, lora=None, base=None)
         (folder / "sleep.json").write_text(json.dumps(found))
@@ -270,6 +280,7 @@ def breakages():
         (own_code, ValueError, "read that, then give trust_remote_code=True"),
         (no_places, ValueError, "index.json is damaged: it does not say in which file a weight is"),
         (odd_settings, ValueError, "sleep.json is damaged: .*unexpected keyword"),
+        *((base(x), ValueError, "sleep.json is damaged") for x in ([1, None], "ab", 5, ["a/b", ["x"]])),
         (other_tokenizer, ValueError, "tokenizer: its tokens go up to 1000, the model's to 259"),
         (damaged_tokenizer, ValueError, "the tokenizer of .* cannot be read"),
     ]

@@ -31,6 +31,24 @@ def save(out, preset, scores, key="exact"):
             records.save_record(record(preset, passes, seed, **{key: x}), out)
 
 
+def test_runs_that_a_claim_does_not_mean_change_nothing(tmp_path):
+    claims = json.loads((records.data_dir() / "paper" / "claims.json").read_text())
+    claim = next(claim for claim in claims if claim["figure"] == "3")
+
+    def run(preset, passes, *scores):
+        for seed in (3, 4, 5):
+            final = {f"exact/{k}": x for k, x in zip((1, 2, 4), scores)}
+            records.save_record(record(preset, passes, seed, **final), tmp_path)
+
+    run("depo-ablation-ring8", 4, 1, 1, 1)
+    run("depo-rival-sleep-8e-3", 1, 1, 1, 0)
+    before = judge(claim, tmp_path)
+    assert before["verdict"] == "partly" and len(before["commands"]) == 6
+    run("depo-ablation-ring8", 2, 0, 0, 0)
+    run("depo-rival-sleep-8e-3", 4, 0, 0, 0)
+    assert judge(claim, tmp_path) == before
+
+
 def test_every_claim_is_judged_by_presets_that_exist(capsys):
     claims = json.loads((records.data_dir() / "paper" / "claims.json").read_text())
     assert main(["scorecard"]) == 0

@@ -48,7 +48,7 @@ class PretrainedConfig:
         """Load the model; ValueError if its vocabulary does not have the size that is stated here."""
         found, options = self._found(), self._settings()
         if self.padding is None and not found.saved:
-            tokenizer = load_tokenizer(found.base, found.trusted)
+            tokenizer = load_tokenizer(found.base, found.trust[0])
             options["padding"] = None if tokenizer is None else padding(tokenizer)
         options |= {k: getattr(self, k) for k in ("dtype", "revision", "trust_remote_code", "backend")}
         model = load(self.source, **options)

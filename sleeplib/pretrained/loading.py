@@ -42,14 +42,15 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     padding : int, optional
         The token that is padding; if absent, the tokenizer's, unless that is also its end of text.
     dtype : {"float32", "bfloat16", "float64"}
-        Precision of the original's weights.  What is added is float32, to learn in.
+        Precision of the original's weights.  What is added is float32 (beside float64 that), to learn in.
     device : str
         "auto", "cpu", "cuda", or one CUDA device.
     revision : str, optional
         Branch, tag or commit of a repository.
     trust_remote_code : bool or str
         Whether Python files that come with the model may run.  They can do whatever you can: read them first.
-        True is said of `source`; if that is a saved model whose original lies elsewhere, name the original.
+        True is said of `source`.  If that is a saved model whose original lies elsewhere, say which, as the
+        error does: its source or, if a revision was saved, ``source@revision``.
     backend : str
         Backend of the recurrences, see :func:`gated_delta_rule`.
 
@@ -77,8 +78,8 @@ def load(source, *, loop=None, insert=None, lora=None, padding=None, dtype="floa
     given = dict(loop=loop, insert=insert, lora=lora, padding=padding)
     found = resolve(source, revision, trust_remote_code, **given)
     check_memory(found.base, DTYPES[dtype], target)
-    original = load_original(found.base, DTYPES[dtype], found.trusted)
-    tokenizer = load_tokenizer(found.base, found.trusted)
+    original = load_original(found.base, DTYPES[dtype], *found.trust)
+    tokenizer = load_tokenizer(found.base, found.trust[0])
     if tokenizer is not None:
         check_tokenizer(tokenizer, original.config.get_text_config().vocab_size)
     lora, options = found.settings.pop("lora"), found.settings
@@ -106,8 +107,8 @@ class Found(NamedTuple):
         Whether :func:`save` has written the folder.
     origin : (str, str or None) or None
         Source and revision of the original, if it is known.
-    trusted : bool
-        Whether code that comes with the original may run.
+    trust : (bool, bool or str)
+        Whether code that comes with the original may run, and what `trust_remote_code` says so.
     """
 
     folder: Path
@@ -115,7 +116,7 @@ class Found(NamedTuple):
     settings: dict
     saved: bool
     origin: tuple | None
-    trusted: bool
+    trust: tuple
 
 
 def resolve(source, revision=None, trust_remote_code=False, weights=True, **given):
@@ -128,7 +129,7 @@ def resolve(source, revision=None, trust_remote_code=False, weights=True, **give
             origin = str(folder.resolve()), revision
         else:  # the commit that was fetched: a branch moves on
             origin = str(source), folder.name if folder.parent.name == "snapshots" else revision
-        return Found(folder, folder, given, False, origin, trusted)
+        return Found(folder, folder, given, False, origin, (trusted, True))
     if odd := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{odd[0]}: {folder} was saved with settings of its own; leave it out")
     try:
@@ -136,12 +137,16 @@ def resolve(source, revision=None, trust_remote_code=False, weights=True, **give
         kinds = dict(insert=Insert, lora=LoRA)
         settings |= {name: own[name] and kind(**own[name]) for name, kind in kinds.items()}
         name, version = own["base"] or (None, None)
+        known = isinstance(own["base"], list) and isinstance(name, str) and isinstance(version, str | None)
+        if own["base"] and not known:
+            raise ValueError(f"base must be a source and a revision; got {own['base']!r}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"source: {folder / OWN} is damaged: {error}") from error
     if name is None:
-        return Found(folder, folder, settings, True, None, trusted)
-    trusted = trust_remote_code == name  # True is said of the folder, not of what that names
-    return Found(folder, fetch(name, version, trusted, weights), settings, True, (name, version), trusted)
+        return Found(folder, folder, settings, True, None, (trusted, True))
+    wanted = f"{name}@{version}" if version else name  # True is said of the folder, not of what that names
+    trust = trust_remote_code == wanted, wanted
+    return Found(folder, fetch(name, version, trust[0], weights), settings, True, (name, version), trust)
 
 
 def adapt(original, **options):
@@ -228,7 +233,7 @@ def enter_ours():
     from . import jet, ouro  # noqa: F401
 
 
-def load_original(folder, dtype, trust_remote_code):
+def load_original(folder, dtype, trust_remote_code, wanted=True):
     """Load the model of a folder with transformers; an error unless every weight is found."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -237,10 +242,7 @@ def load_original(folder, dtype, trust_remote_code):
     settings = read_json(folder / "config.json", "it is no folder of a model of transformers")
     native = settings.get("model_type") in CONFIG_MAPPING
     if not native and not trust_remote_code:
-        code = (
-            "; it brings code of its own: read that, then give trust_remote_code=True or, for a saved model "
-        )
-        code += "whose original lies elsewhere, the original's name"
+        code = f"; it brings code of its own: read that, then give trust_remote_code={wanted!r}"
         kind = settings.get("model_type")
         raise ValueError(
             f"source: {kind!r} is no model of this version of transformers{code * ('auto_map' in settings)}"
@@ -320,10 +322,20 @@ def save(model, folder, *, base=True):
         write_atomically(part / OWN, json.dumps(notes, indent=1).encode())
         folder.mkdir(exist_ok=True)
         (folder / UNFINISHED).touch()  # what is stopped from here on is a mixture, and is refused
-        for file in part.iterdir():
-            if (folder / file.name).is_dir():
-                shutil.rmtree(folder / file.name)
-            os.replace(file, folder / file.name)
+        replaced = False
+        try:
+            for file in part.iterdir():
+                target = folder / file.name
+                if target.is_symlink():
+                    target.unlink()
+                elif target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(file, target)
+                replaced = True
+        except BaseException:
+            if not replaced:
+                (folder / UNFINISHED).unlink()
+            raise
         (folder / UNFINISHED).unlink()
     finally:
         shutil.rmtree(part, ignore_errors=True)
