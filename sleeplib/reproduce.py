@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import product
+from queue import SimpleQueue
 from statistics import median
 
 import torch
@@ -82,7 +83,8 @@ def shares(jobs):
 def pin_to_cores(left):
     """Bind this thread and the processes that it starts to a share of its own: none moves or waits."""
     if left:
-        os.sched_setaffinity(0, left.pop())
+        with suppress(OSError):  # without it a run is slower, and nothing else
+            os.sched_setaffinity(0, left.pop())
 
 
 def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, out=None, keep=None, say=print):
@@ -126,8 +128,15 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
 
     say(f"{name}: {total} runs to make, {jobs} at a time, {hours()}")
     running, codes, stopped, one = [], [], threading.Event(), threading.Lock()
+    ended = SimpleQueue()  # unlike as_completed it holds no lock when a signal comes
 
-    def finish(command):
+    def finish(key, command):
+        try:
+            ended.put((key, make(command), None))
+        except BaseException as error:
+            ended.put((key, None, error))
+
+    def make(command):
         # A group of its own: else Ctrl-C in a terminal would reach it, then the signal that is sent below.
         with one:  # none begins once the running ones have been told to stop
             if stopped.is_set():
@@ -148,10 +157,14 @@ def reproduce(task, scale="quick", *, seeds=None, jobs=None, overwrite=False, ou
 
     with _stopped_by_signals(), ThreadPoolExecutor(jobs, None, pin_to_cores, (shares(jobs),)) as pool:
         try:
-            futures = {pool.submit(finish, command): key for key, command in commands.items()}
-            for future in as_completed(futures):
-                preset, n, seed = key = futures[future]
-                codes.append(future.result())
+            for key, command in commands.items():
+                pool.submit(finish, key, command)
+            for _ in commands:
+                key, code, error = ended.get()
+                if error:
+                    raise error
+                preset, n, seed = key
+                codes.append(code)
                 del left[key]
                 how = "done" if not codes[-1] else f"stopped with code {codes[-1]}"
                 clock = time.strftime("%H:%M")

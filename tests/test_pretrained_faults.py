@@ -130,8 +130,8 @@ def norms_stand_before_the_mixer_everywhere():
 def an_inserted_layer_does_something_at_once():
     honest = adapter.InsertedBlock.__init__
 
-    def init(self, *args):
-        honest(self, *args)
+    def init(self, *args, **options):
+        honest(self, *args, **options)
         torch.nn.init.normal_(self.mixer.o.weight, std=0.1)
 
     with patch.object(adapter.InsertedBlock, "__init__", init):
