@@ -299,6 +299,7 @@ def test_a_queue_that_is_stopped_stops_its_runs(tmp_path, number):
     code = f"""if True:
         import os, signal, subprocess, sys, threading
         from sleeplib import __main__, reproduce
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as under nohup
         run = "import signal, sys, time; got = []; signal.signal(15, lambda *_: got.append(1)); "
         run += "open(sys.argv[1], 'x').close(); [time.sleep(0.05) for _ in iter(lambda: not got, False)]; "
         run += "time.sleep(0.5); sys.exit(100 + len(got))"
